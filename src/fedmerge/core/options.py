@@ -1,0 +1,186 @@
+"""Options as frozen dataclasses: one place that checks types, ranges and names.
+
+A field declares its range beside its default, ``lr: float = option(0.1, above=0)``. ``check_options`` (called
+from ``__post_init__``) and ``build_options`` (called for a TOML table or command-line words) apply the same rules
+and report every fault at once. Comparisons are written so that NaN fails them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar, Union
+
+from fedmerge.core.errors import UsageError, unknown_name
+
+T = TypeVar("T")
+
+
+def option(
+    default: Any = dataclasses.MISSING,
+    *,
+    help: str = "",  # noqa: A002 - argparse's word for it
+    above: float | None = None,
+    at_least: float | None = None,
+    below: float | None = None,
+    at_most: float | None = None,
+) -> Any:
+    """A dataclass field with a range and a line of help; ranges apply to every number inside the value."""
+    bounds = {"above": above, "at_least": at_least, "below": below, "at_most": at_most}
+    metadata = {"help": help, "bounds": {name: bound for name, bound in bounds.items() if bound is not None}}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+_BOUNDS = {
+    "above": ("> {}", lambda value, bound: value > bound),
+    "at_least": (">= {}", lambda value, bound: value >= bound),
+    "below": ("< {}", lambda value, bound: value < bound),
+    "at_most": ("<= {}", lambda value, bound: value <= bound),
+}
+
+
+def range_text(bounds: Mapping[str, float]) -> str:
+    """Readable form of a field's range, for example ``> 0 and <= 1``."""
+    return " and ".join(_BOUNDS[name][0].format(bound) for name, bound in bounds.items())
+
+
+def type_text(annotation: Any) -> str:
+    """Readable form of a field's type, for messages and help."""
+    origin = typing.get_origin(annotation)
+    if origin is Literal:
+        return "one of " + ", ".join(repr(choice) for choice in typing.get_args(annotation))
+    if origin in (Union, types.UnionType):
+        return " or ".join(type_text(part) for part in typing.get_args(annotation))
+    if annotation is type(None):
+        return "none"
+    if origin is tuple:
+        return "a list of " + type_text(typing.get_args(annotation)[0])
+    if dataclasses.is_dataclass(annotation):
+        return "a table"
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}.get(
+        annotation, getattr(annotation, "__name__", str(annotation))
+    )
+
+
+class _Fault(Exception):
+    """A value does not fit; the message says what was expected."""
+
+
+def _convert_number(annotation: type, value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise _Fault
+    if annotation is int:
+        if isinstance(value, float):
+            raise _Fault
+        return value
+    if not math.isfinite(value):
+        raise _Fault
+    return float(value)
+
+
+def _convert_union(annotation: Any, value: Any) -> Any:
+    for part in typing.get_args(annotation):
+        try:
+            return _convert(part, value)
+        except _Fault:
+            continue
+    raise _Fault
+
+
+def _convert(annotation: Any, value: Any) -> Any:
+    """The value as the field's type, or ``_Fault``. Only lossless conversions: int to float, list to tuple."""
+    origin = typing.get_origin(annotation)
+    if annotation is Any:
+        return value
+    if origin in (Union, types.UnionType):
+        return _convert_union(annotation, value)
+    if origin is Literal:
+        if any(value == choice and type(value) is type(choice) for choice in typing.get_args(annotation)):
+            return value
+        raise _Fault
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise _Fault
+        return tuple(_convert(typing.get_args(annotation)[0], item) for item in value)
+    if annotation in (int, float):
+        return _convert_number(annotation, value)
+    if isinstance(value, origin or annotation) and not (isinstance(value, bool) and annotation is not bool):
+        return value
+    raise _Fault
+
+
+def _numbers(value: Any) -> list[float]:
+    if isinstance(value, tuple):
+        return [number for item in value for number in _numbers(item)]
+    return [value] if isinstance(value, (int, float)) and not isinstance(value, bool) else []
+
+
+def _field_fault(field: dataclasses.Field[Any], annotation: Any, value: Any) -> tuple[Any, str | None]:
+    bounds = field.metadata.get("bounds", {})
+    expected = type_text(annotation) + (f" {range_text(bounds)}" if bounds else "")
+    try:
+        converted = _convert(annotation, value)
+    except _Fault:
+        return value, f"got {value!r}; expected {expected}"
+    for number in _numbers(converted):
+        if not all(_BOUNDS[name][1](number, bound) for name, bound in bounds.items()):
+            return value, f"got {value!r}; expected {expected}"
+    return converted, None
+
+
+def option_fields(cls: type) -> dict[str, tuple[dataclasses.Field[Any], Any]]:
+    """Name -> (field, resolved type) of every option of a dataclass."""
+    hints = typing.get_type_hints(cls)
+    return {field.name: (field, hints[field.name]) for field in dataclasses.fields(cls) if field.init}
+
+
+def check_options(instance: Any) -> None:
+    """Checks and normalises every field of a frozen dataclass in place; call it first in ``__post_init__``.
+
+    Raises:
+        UsageError: naming every field that is out of range or of the wrong type.
+    """
+    faults = []
+    for name, (field, annotation) in option_fields(type(instance)).items():
+        value, fault = _field_fault(field, annotation, getattr(instance, name))
+        if fault:
+            faults.append(f"{type(instance).__name__}.{name}: {fault}")
+        object.__setattr__(instance, name, value)
+    if faults:
+        raise UsageError("\n".join(faults))
+
+
+def build_options(cls: type[T], table: Mapping[str, Any], where: str, faults: list[str]) -> T | None:
+    """A dataclass from a table of plain values; appends every fault to `faults` and returns None if there is one.
+
+    Args:
+        cls: The options dataclass.
+        table: Keys and plain values (numbers, texts, lists, sub-tables).
+        where: The table's name in messages, for example ``training``.
+        faults: Receives one line per fault.
+    """
+    fields = option_fields(cls)
+    before = len(faults)
+    values: dict[str, Any] = {}
+    for key, value in table.items():
+        if key not in fields:
+            faults.append(f"{where}: {unknown_name('option', key, fields)}")
+            continue
+        field, annotation = fields[key]
+        values[key], fault = _field_fault(field, annotation, value)
+        if fault:
+            faults.append(f"{where}.{key}: {fault}")
+    for name, (field, annotation) in fields.items():
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if required and name not in values:
+            faults.append(f"{where}.{name}: missing; expected {type_text(annotation)}")
+    if len(faults) > before:
+        return None
+    try:
+        return cls(**values)
+    except UsageError as error:  # rules between fields
+        faults.extend(f"{where}: {line}" for line in str(error).splitlines())
+        return None

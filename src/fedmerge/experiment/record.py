@@ -1,0 +1,251 @@
+"""What a run leaves behind: typed records, written as one folder of plain files that cannot execute code.
+
+A run folder holds::
+
+    config.toml          everything that was asked for, resolved
+    run.json             RunRecord without its rounds: versions, data hash, clients, status
+    partition.json       who got which item (`fedmerge.data.Partition`); absent for a user's own files
+    partition.svg        its picture
+    rounds.jsonl         one RoundRecord per line, flushed after every round
+    models.safetensors   the server's final state
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from fedmerge.core.errors import FedmergeError
+from fedmerge.core.options import build_options
+
+Status = Literal["running", "finished", "interrupted", "failed"]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How the model that each client would use does on one split of its own data.
+
+    Attributes:
+        accuracy: [N], share of right answers, 0..1; NaN is written as null for a client without items in the split.
+        loss: [N], mean cross-entropy in nats.
+    """
+
+    accuracy: tuple[float | None, ...]
+    loss: tuple[float | None, ...]
+
+    def mean_accuracy(self) -> float:
+        """Mean over the clients that have items in this split."""
+        known = [value for value in self.accuracy if value is not None]
+        return math.fsum(known) / len(known) if known else math.nan
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """One round of one run; round 0 is the state before any training.
+
+    Attributes:
+        round: Number of rounds completed.
+        cohort: Client indices that took part, ascending.
+        seconds: Wall time of the round without evaluation.
+        bytes_down: Bytes sent to the whole cohort.
+        bytes_up: Bytes received from the whole cohort.
+        forward: Training examples passed forward, all clients together.
+        backward: Training examples passed backward.
+        state: What the method says of its state, for example ``{"num_models": 5}``.
+        mixing: [N][d] merging weights of every client at evaluated rounds; None for methods without them.
+        validation: Scores at evaluated rounds, else None.
+        test: Scores at evaluated rounds, else None.
+    """
+
+    round: int
+    cohort: tuple[int, ...]
+    seconds: float
+    bytes_down: int
+    bytes_up: int
+    forward: int
+    backward: int
+    state: Mapping[str, Any]
+    mixing: tuple[tuple[float, ...], ...] | None = None
+    validation: Scores | None = None
+    test: Scores | None = None
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A whole run.
+
+    Attributes:
+        label: How tables call it, for example ``fedmerge`` or ``fedmerge official``.
+        method: Registered name.
+        options: The method's own options, resolved.
+        seed: Decides data split, initial model, cohorts and batches.
+        status: ``finished``, or what stopped it.
+        client_names: [N].
+        groups: [N] true group of each client where the partition knows it.
+        num_train: [N] examples; num_validation and num_test alike.
+        class_names: Readable classes.
+        num_params: P, length of the vector that travels.
+        setting: One line about data, partition and model.
+        data_sha256: Of the items and their split; equal for runs that may be compared.
+        versions: Of fedmerge, python, torch, numpy and the machine's description.
+        finetuned: Test scores after optional local fine-tuning of the last round's models.
+        finetuned_validation: The same on validation.
+        seconds: Wall time of the whole run.
+        rounds: In order; the last may be an unevaluated one if the run was interrupted.
+    """
+
+    label: str
+    method: str
+    options: Mapping[str, Any]
+    seed: int
+    status: Status
+    client_names: tuple[str, ...]
+    groups: tuple[int, ...] | None
+    num_train: tuple[int, ...]
+    num_validation: tuple[int, ...]
+    num_test: tuple[int, ...]
+    class_names: tuple[str, ...]
+    num_params: int
+    setting: str
+    data_sha256: str
+    versions: Mapping[str, Any]
+    seconds: float = 0.0
+    finetuned: Scores | None = None
+    finetuned_validation: Scores | None = None
+    rounds: tuple[RoundRecord, ...] = ()
+
+    def evaluated(self) -> tuple[RoundRecord, ...]:
+        """The rounds that carry scores."""
+        return tuple(record for record in self.rounds if record.test is not None)
+
+    def last(self) -> RoundRecord:
+        """The last evaluated round.
+
+        Raises:
+            FedmergeError: if the run was stopped before its first evaluation.
+        """
+        evaluated = self.evaluated()
+        if not evaluated:
+            raise FedmergeError(f"run {self.label!r} (seed {self.seed}) has no evaluated round yet")
+        return evaluated[-1]
+
+    def selected(self) -> RoundRecord:
+        """The evaluated round with the best mean validation accuracy, the earliest of equals; test is not looked at.
+
+        Without any validation items this is the last evaluated round.
+        """
+        self.last()
+        best = max(self.evaluated(), key=_validation_rank)
+        return best if best.validation and not math.isnan(best.validation.mean_accuracy()) else self.last()
+
+
+def _validation_rank(record: RoundRecord) -> tuple[float, int]:
+    accuracy = record.validation.mean_accuracy() if record.validation else math.nan
+    return (-math.inf if math.isnan(accuracy) else accuracy, -record.round)
+
+
+def to_plain(value: Any) -> Any:
+    """Dataclasses, arrays and tuples as what JSON knows; non-finite numbers become null.
+
+    >>> to_plain(Scores((1.0, float("nan")), (0.5, None)))
+    {'accuracy': [1.0, None], 'loss': [0.5, None]}
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): to_plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_plain(item) for item in value]
+    if isinstance(value, (np.ndarray, np.generic)):
+        return to_plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a text file so that a reader never sees half of it."""
+    temporary = path.with_name(path.name + ".part")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def write_run(folder: Path, run: RunRecord) -> None:
+    """Writes ``run.json`` (without rounds)."""
+    plain = to_plain(dataclasses.replace(run, rounds=()))
+    del plain["rounds"]
+    write_atomically(folder / "run.json", json.dumps(plain, indent=1) + "\n")
+
+
+def append_round(folder: Path, record: RoundRecord) -> None:
+    """Appends one line to ``rounds.jsonl`` and flushes it."""
+    with (folder / "rounds.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(to_plain(record)) + "\n")
+
+
+def _scores(plain: Any) -> Scores | None:
+    return None if plain is None else Scores(tuple(plain["accuracy"]), tuple(plain["loss"]))
+
+
+def _round(plain: dict[str, Any]) -> RoundRecord:
+    mixing = plain.get("mixing")
+    return RoundRecord(
+        **{
+            **plain,
+            "cohort": tuple(plain["cohort"]),
+            "mixing": None if mixing is None else tuple(tuple(row) for row in mixing),
+            "validation": _scores(plain.get("validation")),
+            "test": _scores(plain.get("test")),
+        }
+    )
+
+
+def _read_rounds(path: Path) -> tuple[RoundRecord, ...]:
+    """All whole lines; a torn last line (the run was killed while writing it) is left out."""
+    if not path.exists():
+        return ()
+    lines = path.read_text(encoding="utf-8").split("\n")
+    rounds = []
+    for number, line in enumerate(lines, 1):
+        if not line:
+            continue
+        try:
+            rounds.append(_round(json.loads(line)))
+        except (ValueError, TypeError, KeyError) as error:
+            if number == len(lines):
+                break
+            raise FedmergeError(f"{path}, line {number}: not a round record ({error})") from error
+    return tuple(rounds)
+
+
+def read_run(folder: Path | str) -> RunRecord:
+    """Reads a run folder.
+
+    Raises:
+        FedmergeError: if the folder is not a run or a file in it is damaged; names the file.
+    """
+    folder = Path(folder)
+    path = folder / "run.json"
+    if not path.is_file():
+        raise FedmergeError(f"{folder} is not a run: it has no run.json; give a folder that `fedmerge run` wrote")
+    try:
+        plain = json.loads(path.read_text(encoding="utf-8"))
+        scores = {name: _scores(plain.pop(name, None)) for name in ("finetuned", "finetuned_validation")}
+    except (ValueError, TypeError, KeyError) as error:
+        raise FedmergeError(f"{path} is damaged: {error}") from error
+    faults: list[str] = []
+    record = build_options(RunRecord, {**plain, **scores, "rounds": ()}, str(path), faults)
+    if record is None:
+        raise FedmergeError("\n".join(faults))
+    return dataclasses.replace(record, rounds=_read_rounds(folder / "rounds.jsonl"))
