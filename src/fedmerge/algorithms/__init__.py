@@ -1,1 +1,12 @@
-"""TODO."""
+"""Federated methods, one file each; a module placed in this folder is registered by that alone."""
+
+import importlib
+import pkgutil
+
+from fedmerge.algorithms._registry import ALGORITHMS, algorithm
+
+for _module in pkgutil.iter_modules(__path__):
+    if not _module.name.startswith("_"):
+        importlib.import_module(f"{__name__}.{_module.name}")
+
+__all__ = ["ALGORITHMS", "algorithm"]

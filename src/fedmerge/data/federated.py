@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -11,8 +12,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fedmerge.core.errors import DataError
+
 if TYPE_CHECKING:
     from fedmerge.data.partition import Partition
+
+log = logging.getLogger(__name__)
 
 
 class Examples(NamedTuple):
@@ -85,3 +90,43 @@ class FederatedData:
 def concatenate(parts: Sequence[Examples]) -> Examples:
     """Examples one after another."""
     return Examples(torch.cat([part.inputs for part in parts]), torch.cat([part.targets for part in parts]))
+
+
+def check_federation(data: FederatedData) -> None:
+    """Refuses clients that cannot be trained on; a client with one class is only logged.
+
+    Raises:
+        DataError: naming the client without train examples, with a label out of range, an input that is not finite,
+            or inputs of another shape or type than the first client's.
+    """
+    if not data.clients:
+        raise DataError("no clients at all; expected at least one")
+    first = data.clients[0].train.inputs
+    for client in data.clients:
+        if not client.num_train:
+            raise DataError(f"client {client.name!r} has no train examples; give it some or leave it out")
+        for split, examples in (("train", client.train), ("validation", client.validation), ("test", client.test)):
+            _check_examples(examples, data.num_classes, first, f"client {client.name!r}, {split}")
+        if client.train.targets.min() == client.train.targets.max():
+            only = data.class_names[int(client.train.targets[0])]
+            log.warning("client %r trains on one class only, %s", client.name, only)
+
+
+def _check_examples(examples: Examples, num_classes: int, like: Tensor, where: str) -> None:
+    inputs, targets = examples
+    if len(inputs) != len(targets):
+        raise DataError(f"{where}: {len(inputs)} inputs and {len(targets)} labels; expected one label per input")
+    if (inputs.dtype, inputs.shape[1:]) != (like.dtype, like.shape[1:]):
+        raise DataError(
+            f"{where}: inputs are {inputs.dtype} {list(inputs.shape[1:])}; "
+            f"expected {like.dtype} {list(like.shape[1:])} as at the first client"
+        )
+    if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < num_classes:
+        raise DataError(
+            f"{where}: labels run from {int(targets.min())} to {int(targets.max())}; "
+            f"expected 0..{num_classes - 1} for {num_classes} classes"
+        )
+    wrong = ~inputs.flatten(1).isfinite().all(dim=1)
+    if wrong.any():
+        bad = int(wrong.nonzero()[0])
+        raise DataError(f"{where}: example {bad} has NaN or infinite inputs; clean or drop it first")

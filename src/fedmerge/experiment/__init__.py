@@ -1,1 +1,1 @@
-"""TODO."""
+"""Configuration, the round loop, and the record a run leaves behind."""

@@ -1,1 +1,7 @@
-"""TODO."""
+"""From run records to tables, figures and one page: per client first, everything else derived from that."""
+
+from fedmerge.report.page import write_report
+from fedmerge.report.table import Column, Table
+from fedmerge.report.tables import clients_frame, comparison_table, runs_frame
+
+__all__ = ["Column", "Table", "clients_frame", "comparison_table", "runs_frame", "write_report"]

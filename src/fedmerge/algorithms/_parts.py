@@ -1,0 +1,87 @@
+"""Pieces that several methods are put together from. No method imports another; all may import these."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from fedmerge.core.protocol import Batches, Cost, Task, Update
+from fedmerge.core.sums import weighted_sum
+
+
+@dataclass(frozen=True)
+class Models:
+    """Server state of the averaging methods.
+
+    Attributes:
+        models: [d, P] the server's models; d = 1 for methods with one.
+        velocity: [d, P] server momentum.
+    """
+
+    models: Float[Tensor, "d P"]
+    velocity: Float[Tensor, "d P"]
+
+
+def fresh(models: Float[Tensor, "d P"]) -> Models:
+    """Models at rest."""
+    return Models(models, torch.zeros_like(models))
+
+
+def moved(state: Models, step: Float[Tensor, "d P"], *, lr: float, momentum: float) -> Models:
+    """Server step: V ← momentum·V + step, Θ ← Θ − lr·V, in float64 and back to the models' dtype."""
+    velocity = momentum * state.velocity.double() + step
+    models = (state.models.double() - lr * velocity).to(state.models.dtype)
+    return Models(models, velocity.to(state.velocity.dtype))
+
+
+def averaged(
+    state: Models, share: Float[Tensor, "C d"], update: Any, *, lr: float = 1.0, momentum: float = 0.0
+) -> Models:
+    """The models after each took the weighted sum of the updates, with weights `share`."""
+    return moved(state, weighted_sum(share, update.delta), lr=lr, momentum=momentum)
+
+
+def nothing_private(self: Any, params: Float[Tensor, " P"]) -> tuple[()]:  # noqa: ARG001
+    """``start`` of a method whose clients keep nothing between rounds."""
+    return ()
+
+
+def as_received(self: Any, down: Tensor, local: Any, batches: Batches, task: Task) -> Tensor:  # noqa: ARG001
+    """``personal`` of a method whose clients use the model that they receive."""
+    return down
+
+
+def no_mixing(self: Any, state: Any) -> None:  # noqa: ARG001
+    """``mixing`` of a method with one model, or without server models."""
+
+
+def one_model(self: Any, state: Models) -> dict[str, Any]:  # noqa: ARG001
+    """``describe`` of a method with one model."""
+    return {"num_models": len(state.models)}
+
+
+def to_everyone(self: Any, state: Models, clients: Int[Tensor, " C"]) -> Float[Tensor, "C P"]:  # noqa: ARG001
+    """``send`` of a method with one model."""
+    return state.models.expand(len(clients), -1)
+
+
+def trained_update(
+    params: Float[Tensor, " P"], batches: Batches, task: Task, *, pull: float = 0.0
+) -> Update:
+    """Trains from `params` and reports before − after."""
+    return Update(params - task.train(params, batches, pull=pull))
+
+
+def one_vector_each_way(models: Float[Tensor, "d P"], *, server_floats: int, extra_up: int = 0) -> Cost:
+    """Cost of a method that sends one vector down and one up."""
+    size = models.shape[1] * models.element_size()
+    return Cost(bytes_down=size, bytes_up=size + extra_up, server_floats=server_floats)
+
+
+def averaging_cost(self: Any, state: Models) -> Cost:  # noqa: ARG001
+    """``cost`` of the averaging methods."""
+    return one_vector_each_way(state.models, server_floats=state.models.numel() + state.velocity.numel())

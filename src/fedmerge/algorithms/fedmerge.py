@@ -1,0 +1,335 @@
+"""FedMerge: every client gets its own merge of d global models (arXiv:2504.06768, AAAI 2026)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from fedmerge.algorithms import _parts
+from fedmerge.algorithms._registry import algorithm
+from fedmerge.core import mixing as rules
+from fedmerge.core import structure
+from fedmerge.core.errors import UsageError
+from fedmerge.core.options import check_options, option
+from fedmerge.core.protocol import Batches, Cost, Draw, Federation, Task, Update
+from fedmerge.core.shrinkage import shrunk_updates
+from fedmerge.core.soup import Soup, merge, mixing, shares
+from fedmerge.core.sums import along, centred, shares_of_examples, squared_norms, weighted_sum
+
+Rule = Literal["mirror", "official", "gradient", "adam"]
+
+# What a rule brings with it where the user says nothing. `official` is the authors' published procedure.
+_BY_RULE: dict[str, dict[str, Any]] = {
+    "mirror": {"initial": "split", "scope": "all", "mixing_lr": 0.2, "decay": 0.02, "momentum": 0.5, "shrinkage": 0.3},
+    "gradient": {"initial": "noise", "scope": "all", "mixing_lr": 1.0, "decay": 0.0, "momentum": 0.5, "shrinkage": 0.3},
+    "adam": {"initial": "noise", "scope": "all", "mixing_lr": 0.1, "decay": 0.0, "momentum": 0.5, "shrinkage": 0.3},
+    "official": {
+        "initial": "independent",
+        "scope": "head",
+        "mixing_lr": 0.01,
+        "decay": 0.0,
+        "momentum": 0.0,
+        "shrinkage": 0.0,
+    },
+}
+
+
+@dataclass(frozen=True)
+class State:
+    """Server state.
+
+    Attributes:
+        soup: Models [d, P] and logits [G, N, d].
+        velocity: [d, P] server momentum.
+        progress: [N, T] accumulated updates h_i while the structure is being looked for; [0, T] otherwise.
+        seen: [N] how often each client has replied.
+        rounds: [] completed.
+        searching: [] whether the structure is still being looked for.
+        gate: [] spread of the cosines between clients when it was decided; NaN before.
+        moments: [2, G, N, d] Adam's memory (G = 0 for other rules).
+        blocks: [G, 2] range of the vector that shares a row of merging weights.
+        scope: [G, 2] range inside each block whose inner products move its rows.
+    """
+
+    soup: Soup
+    velocity: Float[Tensor, "d P"]
+    progress: Float[Tensor, "n T"]
+    seen: Int[Tensor, " N"]
+    rounds: Int[Tensor, ""]
+    searching: Tensor
+    gate: Float[Tensor, ""]
+    moments: Float[Tensor, "2 g N d"]
+    blocks: Int[Tensor, "G 2"]
+    scope: Int[Tensor, "G 2"]
+
+
+@algorithm("fedmerge", citation="Chen et al., AAAI 2026, arXiv:2504.06768")
+@dataclass(frozen=True)
+class FedMerge:
+    """Every client gets its own merge of d shared models, at the traffic of one; d is found from the data.
+
+    The default needs no setting: three rounds of FedAvg with server momentum, a look at the clients' accumulated
+    updates (is there structure, how many groups), a one-time split of the model, and from then on mirror descent on
+    each client's merging weights with shrinkage of the models' updates towards the common one. Where no structure is
+    found it stays one model. ``rule="official"`` is the authors' published procedure.
+
+    Sends P numbers down and P up whatever d is; the server keeps d·P models, their momentum and N·d logits (and N·T
+    accumulated updates in the first rounds); clients keep nothing. docs/algorithm.md has the mathematics.
+
+    Options left at None take the rule's own value.
+    """
+
+    num_models: int | None = option(None, at_least=1, help="d; found from the data where initial is 'split'")
+    rule: Rule = option("mirror", help="how the merging weights move")
+    initial: Literal["split", "noise", "independent"] | None = option(None, help="how the models come to differ")
+    scope: Literal["all", "head"] | None = option(None, help="layers whose inner products move the merging weights")
+    rows: Literal["model", "body-head", "layer"] = option("model", help="parts of the network with rows of their own")
+    order: Literal["weights-first", "together"] = option("weights-first", help="whether models see the new weights")
+    mixing_lr: float | None = option(None, above=0, help="step size of the rule")
+    decay: float | None = option(None, at_least=0, below=1, help="pull of the logits towards uniform (mirror only)")
+    momentum: float | None = option(None, at_least=0, below=1, help="server momentum of the models")
+    shrinkage: float | None = option(None, at_least=0, help="of the models' updates towards the common one; 0 is off")
+    proximal: float = option(0.01, at_least=0, help="pull of local training, proximal * |theta - start|^2, no 1/2")
+    server_lr: float = option(1.0, above=0, help="server step on the models")
+    search_rounds: int = option(3, at_least=1, help="rounds of FedAvg before the split")
+    gate: float = option(0.12, at_least=0, help="spread of cosines below which one model is kept")
+    elbow: float = option(2.5, above=1, help="drop of the merge costs that counts as sharp")
+    floor: float = option(3.0, above=1, help="relative merge cost that counts as a real group")
+    max_models: int = option(15, at_least=2, help="largest d that the search considers")
+    noise: float = option(0.1, above=0, help="share of a fresh draw added to each model where initial is 'noise'")
+    lean: float = option(1.0, above=0, help="first logit of a client's own group after the split")
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        self._refuse_contradictions()
+        for name, value in _BY_RULE[self.rule].items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        if self.initial != "split" and self.num_models is None:
+            object.__setattr__(self, "num_models", 5)
+
+    def _refuse_contradictions(self) -> None:
+        faults = []
+        if self.rule == "official":
+            if self.num_models == 1:
+                faults.append("num_models: got 1 with rule='official', which divides by zero there; expected >= 2")
+            if self.initial not in (None, "independent"):
+                faults.append(f"initial: got {self.initial!r} with rule='official'; expected 'independent' or nothing")
+            faults += [
+                f"{name}: got {getattr(self, name)!r} with rule='official', which has none; leave it out"
+                for name in ("momentum", "shrinkage")
+                if getattr(self, name)
+            ]
+        if self.decay and self.rule != "mirror":
+            faults.append(f"decay: got {self.decay!r} with rule={self.rule!r}; only rule='mirror' has it")
+        if self.rows != "model" and self.scope == "head":
+            faults.append(f"scope: got 'head' with rows={self.rows!r}; expected 'all' or nothing")
+        if faults:
+            raise UsageError("\n".join(f"FedMerge.{fault}" for fault in faults))
+
+    # ---------------------------------------------------------------- server
+
+    def init(self, draw: Draw, federation: Federation, seed: int) -> State:  # noqa: ARG002
+        """One model where the structure is searched for, else d models that differ.
+
+        Raises:
+            UsageError: if there are more models than clients.
+        """
+        num_clients, T = federation.num_clients, federation.num_trainable
+        if self.num_models is not None and self.num_models > num_clients:
+            raise UsageError(
+                f"fedmerge.num_models: got {self.num_models} models for {num_clients} clients; "
+                "expected at most one model per client"
+            )
+        searching = self.initial == "split" and self.num_models != 1
+        models = self._first_models(draw, T)
+        blocks, scope = self._blocks(federation, models.shape[1])
+        rows = (len(blocks), num_clients, len(models))
+        return State(
+            soup=Soup(models, torch.zeros(rows, dtype=torch.float64)),
+            velocity=torch.zeros_like(models),
+            progress=models.new_zeros(num_clients if searching else 0, T),
+            seen=torch.zeros(num_clients, dtype=torch.int64),
+            rounds=torch.tensor(0),
+            searching=torch.tensor(searching),
+            gate=torch.tensor(float("nan"), dtype=torch.float64),
+            moments=self._no_moments(rows),
+            blocks=blocks,
+            scope=scope,
+        )
+
+    def _first_models(self, draw: Draw, T: int) -> Float[Tensor, "d P"]:
+        if self.initial == "split" or self.num_models == 1:
+            return draw(0)[None]
+        assert self.num_models is not None  # noqa: S101 - set in __post_init__ for these starts
+        if self.initial == "independent":
+            return torch.stack([draw(j) for j in range(self.num_models)])
+        models = draw(0).repeat(self.num_models, 1)
+        fresh = torch.stack([draw(j + 1) for j in range(self.num_models)])
+        models[:, :T] += self.noise * fresh[:, :T]
+        return models
+
+    def _blocks(self, federation: Federation, P: int) -> tuple[Int[Tensor, "G 2"], Int[Tensor, "G 2"]]:
+        """Ranges that share a row, and the trainable part of each; buffers follow the last block."""
+        T, (head_start, head_stop) = federation.num_trainable, federation.head
+        if self.rows == "model":
+            scope = [(head_start, head_stop) if self.scope == "head" else (0, T)]
+        elif self.rows == "body-head":
+            scope = [(0, head_start), (head_start, T)] if head_start else [(0, T)]
+        else:
+            scope = list(federation.layers)
+        blocks = [*scope[:-1], (scope[-1][0], P)] if self.rows != "model" else [(0, P)]
+        return torch.tensor(blocks), torch.tensor(scope)
+
+    def _no_moments(self, rows: tuple[int, int, int]) -> Float[Tensor, "2 g N d"]:
+        return torch.zeros(2, rows[0] if self.rule == "adam" else 0, *rows[1:], dtype=torch.float64)
+
+    def send(self, state: State, clients: Int[Tensor, " C"]) -> Float[Tensor, "C P"]:
+        """θ_i = Σ_j A_ij Θ_j, block by block."""
+        weights, models = mixing(state.soup.logits[:, clients]), state.soup.models
+        if len(state.blocks) == 1:
+            return merge(models, weights[0])
+        parts = [merge(models[:, a:b], row) for (a, b), row in zip(state.blocks.tolist(), weights, strict=True)]
+        return torch.cat(parts, dim=1)
+
+    def receive(self, state: State, clients: Int[Tensor, " C"], update: Update, num_examples: Int[Tensor, " C"]) -> State:
+        """Moves W and Θ; at the end of the search, decides on d and splits the model."""
+        logits, moments = state.soup.logits, state.moments
+        if len(state.soup.models) > 1:
+            logits, moments = self._moved_weights(state, clients, update.delta, num_examples)
+        seen_weights = logits if self.order == "weights-first" else state.soup.logits
+        step = self._model_step(state, mixing(seen_weights[:, clients]), update.delta, num_examples)
+        moved = _parts.moved(
+            _parts.Models(state.soup.models, state.velocity), step, lr=self.server_lr, momentum=self.momentum or 0.0
+        )
+        after = replace(
+            state,
+            soup=Soup(moved.models, logits),
+            velocity=moved.velocity,
+            moments=moments,
+            seen=state.seen.index_add(0, clients, torch.ones_like(clients)),
+            rounds=state.rounds + 1,
+        )
+        return self._searched(after, clients, update.delta) if bool(state.searching) else after
+
+    def _model_step(
+        self, state: State, weights: Float[Tensor, "G C d"], delta: Float[Tensor, "C P"], num_examples: Int[Tensor, " C"]
+    ) -> Float[Tensor, "d P"]:
+        proportions = shares_of_examples(num_examples)
+        if len(state.soup.models) == 1:
+            return weighted_sum(proportions, delta)
+        steps = [
+            shrunk_updates(delta[:, a:b], shares(row, num_examples), proportions[:, 0], strength=self.shrinkage or 0.0)
+            for (a, b), row in zip(state.blocks.tolist(), weights, strict=True)
+        ]
+        return torch.cat(steps, dim=1)
+
+    def _moved_weights(
+        self, state: State, clients: Int[Tensor, " C"], delta: Float[Tensor, "C P"], num_examples: Int[Tensor, " C"]
+    ) -> tuple[Float[Tensor, "G N d"], Float[Tensor, "2 g N d"]]:
+        logits, moments = state.soup.logits.clone(), state.moments.clone()
+        proportions = shares_of_examples(num_examples)[:, 0]
+        for block, (a, b) in enumerate(state.scope.tolist()):
+            models, replies, rows = state.soup.models[:, a:b], delta[:, a:b], logits[block, clients]
+            weights = mixing(rows)
+            pull = along(models, replies, weights)
+            if self.rule == "mirror":
+                rows = self._mirrored(rows, pull, models, replies)
+            elif self.rule == "official":
+                rows = rules.official_step(rows, weights * pull, proportions, lr=self.mixing_lr or 0.0)
+            elif self.rule == "gradient":
+                rows = rules.gradient_step(rows, proportions[:, None] * weights * pull, lr=self.mixing_lr or 0.0)
+            else:
+                memory = rules.Moments(*moments[:, block, clients], state.seen[clients])
+                gradient = proportions[:, None] * weights * pull
+                rows, memory = rules.adam_step(rows, gradient, memory, lr=self.mixing_lr or 0.0)
+                moments[:, block, clients] = torch.stack([memory.first, memory.second])
+            logits[block, clients] = rows
+        return logits, moments
+
+    def _mirrored(
+        self, rows: Float[Tensor, "C d"], pull: Float[Tensor, "C d"], models: Float[Tensor, "d T"], replies: Float[Tensor, "C T"]
+    ) -> Float[Tensor, "C d"]:
+        reach = squared_norms(replies).sqrt() * squared_norms(centred(models)).max().sqrt()
+        return rules.mirror_step(rows, pull, reach, lr=self.mixing_lr or 0.0, decay=self.decay or 0.0)
+
+    # ---------------------------------------------------------------- the search for structure
+
+    def _searched(self, state: State, clients: Int[Tensor, " C"], delta: Float[Tensor, "C P"]) -> State:
+        """Accumulates h_i; decides once `search_rounds` have passed and half of the clients (4 at least) replied."""
+        T = state.progress.shape[1]
+        state = replace(state, progress=state.progress.index_add(0, clients, delta[:, :T]))
+        seen = state.seen > 0
+        enough = max(4, self.num_models or 0, (len(seen) + 1) // 2)
+        if int(state.rounds) < self.search_rounds or int(seen.sum()) < min(enough, len(seen)):
+            return state
+        progress = state.progress[seen]
+        gate = structure.spread_of_cosines(progress)
+        decided = replace(
+            state,
+            searching=torch.tensor(False),
+            gate=torch.tensor(gate, dtype=torch.float64),
+            progress=state.progress.new_zeros(0, T),
+        )
+        if self.num_models is None and not gate >= self.gate:
+            return decided
+        labels = self._groups(progress)
+        return decided if labels.max() == 0 else self._split(decided, seen, progress, labels)
+
+    def _groups(self, progress: Float[Tensor, "n T"]) -> structure.Labels:
+        tree = structure.ward_tree(progress)
+        count = self.num_models or structure.number_of_groups(
+            tree[:, 2] ** 2 / 2, most=self.max_models, elbow=self.elbow, floor=self.floor
+        )
+        return structure.groups_of(tree, count)
+
+    def _split(self, state: State, seen: Tensor, progress: Float[Tensor, "n T"], labels: structure.Labels) -> State:
+        """Θ_j = Θ − (mean of h over group j − mean of h); W_ij = `lean` for the own group, 0 for clients not seen."""
+        group = torch.from_numpy(labels).to(progress.device)
+        count, T = int(group.max()) + 1, progress.shape[1]
+        member = torch.nn.functional.one_hot(group, count).double()
+        means = weighted_sum(member / member.sum(dim=0), progress)
+        everyone = weighted_sum(torch.full((len(progress), 1), 1 / len(progress), dtype=torch.float64), progress)
+        models = state.soup.models.double().repeat(count, 1)
+        models[:, :T] -= means - everyone
+        logits = state.soup.logits.new_zeros(*state.soup.logits.shape[:2], count)
+        logits[:, seen] = self.lean * member
+        return replace(
+            state,
+            soup=Soup(models.to(state.soup.models.dtype), logits),
+            velocity=state.velocity.repeat(count, 1),
+            moments=self._no_moments((len(state.blocks), len(seen), count)),
+        )
+
+    # ---------------------------------------------------------------- client and facts
+
+    def train(self, down: Float[Tensor, " P"], local: tuple[()], batches: Batches, task: Task) -> tuple[Update, tuple[()]]:
+        """Local training, pulled towards the received model by ``proximal · ‖θ − θ_received‖²``."""
+        return _parts.trained_update(down, batches, task, pull=2 * self.proximal), local
+
+    def cost(self, state: State) -> Cost:
+        """One vector each way whatever d is."""
+        held = (state.soup.models, state.soup.logits, state.velocity, state.progress, state.moments)
+        return _parts.one_vector_each_way(state.soup.models, server_floats=sum(tensor.numel() for tensor in held))
+
+    def describe(self, state: State) -> dict[str, Any]:
+        """What the search found and how decided the clients are."""
+        facts: dict[str, Any] = {"num_models": len(state.soup.models)}
+        if self.initial == "split" and self.num_models != 1:
+            facts |= {"searching": bool(state.searching), "gate": float(state.gate)}
+        if len(state.soup.models) > 1:
+            weights = mixing(state.soup.logits).mean(dim=0)
+            facts["models_in_use"] = len(torch.unique(weights.argmax(dim=1)))
+        return facts
+
+    def mixing(self, state: State) -> Float[Tensor, "N d"] | None:
+        """A, averaged over blocks in proportion to their size."""
+        size = (state.scope[:, 1] - state.scope[:, 0]).double()
+        return (mixing(state.soup.logits) * (size / size.sum())[:, None, None]).sum(dim=0)
+
+    start = _parts.nothing_private
+    personal = _parts.as_received

@@ -1,0 +1,260 @@
+"""What flows between server and clients, and what an algorithm is: pure functions over explicit state.
+
+A round: ``send`` (server) → ``train`` (each client) → ``receive`` (server). Client functions never see the client
+axis: a sequential engine loops over them, a vectorised one maps over them, a network calls them one by one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from fedmerge.core.errors import FedmergeError
+
+StateT = TypeVar("StateT")
+Draw = Callable[[int], Tensor]
+"""``draw(j)`` is the j-th initial parameter vector [P] of a run; ``draw(0)`` is the same for every method."""
+
+
+class Batch(NamedTuple):
+    """One step of local training, or one piece of an evaluation.
+
+    Attributes:
+        inputs: [B, ...].
+        targets: [B] class indices.
+        weight: [B] 1/(number of real examples) for each of them and 0 for padding; sums to 1.
+        lr: [] learning rate of this step; 0 makes it a step that changes nothing (padding).
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    weight: Tensor
+    lr: Tensor
+
+
+Batches = tuple[Batch, ...]
+
+
+class Slope(NamedTuple):
+    """What one batch says about a parameter vector.
+
+    Attributes:
+        loss: [] mean loss of the batch.
+        gradient: [T] its gradient with respect to the trainable part.
+        buffers: [P − T] the buffers (BatchNorm statistics) after the forward pass.
+    """
+
+    loss: Tensor
+    gradient: Tensor
+    buffers: Tensor
+
+
+@runtime_checkable
+class Task(Protocol):
+    """What a client can compute on its own data, on flat vectors [P] whose first T entries are trainable."""
+
+    def gradient(self, params: Tensor, batch: Batch) -> Slope:
+        """Loss, gradient and new buffers in training mode."""
+        ...
+
+    def loss(self, params: Tensor, batch: Batch) -> Tensor:
+        """Mean loss of a batch in evaluation mode, a scalar."""
+        ...
+
+    def train(self, params: Tensor, batches: Batches, *, pull: float = 0.0, towards: Tensor | None = None) -> Tensor:
+        """Local SGD over `batches`: the vector after training.
+
+        Args:
+            params: Where to start.
+            batches: One step each.
+            pull: Adds ``pull · (θ − towards)`` to the gradient, the slope of ``pull/2 · ‖θ − towards‖²``.
+            towards: Centre of the pull; `params` by default.
+        """
+        ...
+
+
+class Update(NamedTuple):
+    """What a client sends back.
+
+    Attributes:
+        delta: [P] parameters before − after local training, the pseudo-gradient g_i.
+    """
+
+    delta: Tensor
+
+
+@dataclass(frozen=True)
+class Federation:
+    """Public facts that a server knows before the first round.
+
+    Attributes:
+        num_clients: N.
+        num_trainable: T; entries T..P of every vector are buffers.
+        head: Range of the output layer in the vector.
+        layers: Ranges of the trainable layers, in order; together they are 0..T.
+        groups: [N] true groups where they are known (for the oracle only), else None.
+    """
+
+    num_clients: int
+    num_trainable: int
+    head: tuple[int, int]
+    layers: tuple[tuple[int, int], ...]
+    groups: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one round costs one client, and what the server keeps.
+
+    Attributes:
+        bytes_down: From server to client.
+        bytes_up: From client to server.
+        server_floats: Numbers the server keeps between rounds.
+        extra_forward: Forward passes per training example beside those of training itself.
+    """
+
+    bytes_down: int
+    bytes_up: int
+    server_floats: int
+    extra_forward: int = 0
+
+
+@runtime_checkable
+class Algorithm(Protocol[StateT]):
+    """A federated method: a frozen dataclass of hyper-parameters with these pure functions.
+
+    Server: ``init``, ``send``, ``receive``, ``cost``, ``describe``, ``mixing``. Client: ``start``, ``train``,
+    ``personal``. `State` is a frozen dataclass of tensors; `Local`, which never leaves its client, any tree of tensors.
+    """
+
+    def init(self, draw: Draw, federation: Federation, seed: int) -> StateT:
+        """State before the first round."""
+        ...
+
+    def send(self, state: StateT, clients: Int[Tensor, " C"]) -> Any:
+        """What each client receives: a tree of tensors with leading axis C."""
+        ...
+
+    def receive(self, state: StateT, clients: Int[Tensor, " C"], update: Any, num_examples: Int[Tensor, " C"]) -> StateT:
+        """State after the replies of one round; call it through `deliver`, which puts clients in id order."""
+        ...
+
+    def start(self, params: Float[Tensor, " P"]) -> Any:
+        """A client's private state before it first takes part; ``()`` where there is none."""
+        ...
+
+    def train(self, down: Any, local: Any, batches: Batches, task: Task) -> tuple[Any, Any]:
+        """One client's round: what it sends back and its new private state."""
+        ...
+
+    def personal(self, down: Any, local: Any, batches: Batches, task: Task) -> Float[Tensor, " P"]:
+        """The model this client would use now; `batches` is one pass over its training data."""
+        ...
+
+    def cost(self, state: StateT) -> Cost:
+        """Declared cost of a round from this state; tests hold it against what is sent."""
+        ...
+
+    def describe(self, state: StateT) -> Mapping[str, Any]:
+        """Plain facts about the state for records and reports."""
+        ...
+
+    def mixing(self, state: StateT) -> Float[Tensor, "N d"] | None:
+        """How much of each server model every client's model holds; None where the question makes no sense."""
+        ...
+
+
+def deliver(
+    algorithm: Algorithm[StateT],
+    state: StateT,
+    clients: Int[Tensor, " C"],
+    update: Any,
+    num_examples: Int[Tensor, " C"],
+) -> StateT:
+    """Hands the replies of a round to ``receive`` in client-id order: who answered first does not matter.
+
+    Raises:
+        FedmergeError: if a client is there twice, a reply is missing, a count is not positive, or a value is not
+            finite; the state is untouched then.
+    """
+    order = torch.argsort(clients)
+    clients = clients[order]
+    if len(torch.unique(clients)) != len(clients):
+        raise FedmergeError(f"a client replied twice in one round: {clients.tolist()}")
+    if len(num_examples) != len(clients) or any(len(leaf) != len(clients) for leaf in tree_leaves(update)):
+        raise FedmergeError(f"expected one reply from each of the {len(clients)} clients of this round")
+    if not bool((num_examples > 0).all()):
+        raise FedmergeError(f"number of examples must be positive; got {num_examples.tolist()}")
+    update = tree_map(lambda leaf: leaf[order], update)
+    for leaf in tree_leaves(update):
+        _refuse_non_finite(leaf, clients)
+    return algorithm.receive(state, clients, update, num_examples[order])
+
+
+def _refuse_non_finite(replies: Tensor, clients: Tensor) -> None:
+    finite = torch.isfinite(replies.reshape(len(replies), -1)).all(dim=1)
+    if not bool(finite.all()):
+        raise FedmergeError(
+            f"clients {clients[~finite].tolist()} sent NaN or infinite values: their training diverged; "
+            "lower the learning rate (training.lr) or check their data"
+        )
+
+
+def state_tensors(state: Any, prefix: str = "") -> dict[str, Tensor]:
+    """Every tensor of a state by dotted field name, for saving.
+
+    Raises:
+        TypeError: if a field is neither a tensor nor a dataclass of tensors.
+    """
+    found: dict[str, Tensor] = {}
+    for field in dataclasses.fields(state):
+        value, name = getattr(state, field.name), prefix + field.name
+        if isinstance(value, Tensor):
+            found[name] = value
+        elif dataclasses.is_dataclass(value):
+            found.update(state_tensors(value, name + "."))
+        else:
+            raise TypeError(f"state field {name} is a {type(value).__name__}; states hold tensors only")
+    return found
+
+
+def with_tensors(state: StateT, tensors: Mapping[str, Tensor], prefix: str = "") -> StateT:
+    """A state like `state` with its tensors replaced: the inverse of `state_tensors`.
+
+    Raises:
+        FedmergeError: if a tensor is missing, or one of another dtype.
+    """
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(state):  # type: ignore[arg-type]
+        old, name = getattr(state, field.name), prefix + field.name
+        if not isinstance(old, Tensor):
+            values[field.name] = with_tensors(old, tensors, name + ".")
+        elif name not in tensors:
+            raise FedmergeError(f"the saved state has no {name!r}; it holds {', '.join(sorted(tensors))}")
+        elif tensors[name].dtype != old.dtype:
+            raise FedmergeError(f"the saved state's {name!r} is {tensors[name].dtype}; expected {old.dtype}")
+        else:
+            values[field.name] = tensors[name]
+    return dataclasses.replace(state, **values)  # type: ignore[type-var]
+
+
+def tree_bytes(tree: Any) -> int:
+    """Bytes of all tensors in a tree, as they would travel."""
+    return sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+
+
+def take(tree: Any, index: int) -> Any:
+    """One client's part of a tree with a leading client axis."""
+    return tree_map(lambda leaf: leaf[index], tree)
+
+
+def stack(trees: Sequence[Any]) -> Any:
+    """Trees of single clients as one tree with a leading client axis."""
+    return tree_map(lambda *leaves: torch.stack(leaves), *trees)

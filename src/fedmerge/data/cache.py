@@ -1,0 +1,121 @@
+"""The folder where fetched archives and parsed pools are kept, with files that are whole or absent.
+
+Everything in it can be deleted at any time; it is rebuilt when it is needed again. ``FEDMERGE_CACHE`` names another
+folder than the user's cache folder.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import logging
+import os
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import platformdirs
+
+from fedmerge.core.errors import DataError, FedmergeError
+from fedmerge.data.pool import Pool
+
+log = logging.getLogger(__name__)
+
+_ARRAYS = ("inputs", "targets", "user", "domain", "item")
+_NAMES = ("class_names", "user_names", "domain_names")
+_DAMAGED = (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, DataError)
+
+
+def cache_folder() -> Path:
+    """``$FEDMERGE_CACHE``, or fedmerge's folder in the user's cache folder; it need not exist yet."""
+    return Path(os.environ.get("FEDMERGE_CACHE") or platformdirs.user_cache_dir("fedmerge"))
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Within the block `folder` exists; a fault of the file system becomes one clear message.
+
+    Raises:
+        FedmergeError: if the folder cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise FedmergeError(
+            f"cannot write to the cache folder {folder}: {error.strerror or error}. "
+            "Make room or rights there, or set FEDMERGE_CACHE to a folder that you can write to"
+        ) from error
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Within the block this process alone holds `path`'s lock; the system frees it when the process ends.
+
+    The lock is a file beside `path`; waiting for another process is logged.
+
+    Raises:
+        FedmergeError: if the folder cannot be made or written to.
+    """
+    with writing(path.parent):
+        file = path.with_name(path.name + ".lock").open("a")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info("waiting for another process that is making %s", path)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def cached_pool(name: str, key: Sequence[str], build: Callable[[], Pool]) -> Pool:
+    """The pool that was built under this key before, or `build`'s, which is kept.
+
+    Args:
+        name: Of the source; begins the file's name.
+        key: All that the pool depends on: options, hashes of what is read, version of the code that reads it.
+        build: Makes the pool if it is not there or damaged; only one process at a time runs it for one key.
+
+    Raises:
+        FedmergeError: if the cache cannot be written to.
+    """
+    path = cache_folder() / "pools" / f"{name}-{hashlib.sha256(repr(tuple(key)).encode()).hexdigest()[:16]}.npz"
+    pool = _read(path)
+    if pool is not None:
+        return pool
+    with locked(path):
+        pool = _read(path)  # another process may have made it while this one waited
+        if pool is None:
+            pool = build()
+            _write(path, pool)
+        return pool
+
+
+def _read(path: Path) -> Pool | None:
+    """The pool in `path`; None if there is none or it is damaged (numpy checks the checksum of every array)."""
+    if not path.is_file():
+        return None
+    try:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+            arrays: dict[str, Any] = {name: file[name] for name in _ARRAYS if name in file.files}
+            arrays |= {name: tuple(str(text) for text in file[name]) for name in _NAMES}
+            return Pool(name=str(file["name"]), **arrays)
+    except _DAMAGED as error:
+        log.warning("%s is damaged (%s): it is built again", path, error)
+        return None
+
+
+def _write(path: Path, pool: Pool) -> None:
+    """Writes the pool so that a reader sees all of it or nothing. The caller holds the lock."""
+    arrays: dict[str, Any] = {name: getattr(pool, name) for name in _ARRAYS if getattr(pool, name) is not None}
+    arrays |= {name: np.array(getattr(pool, name), dtype=np.str_) for name in ("name", *_NAMES)}
+    temporary = path.with_name(path.name + ".part")
+    with writing(path.parent), temporary.open("wb") as file:
+        np.savez(file, **arrays)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

@@ -1,0 +1,273 @@
+"""Who gets which item of a pool: a saved, hashed file, so that every method sees the same split.
+
+A partition file is strict JSON that ends with the hash of its own content. `Partition.load` refuses a file whose
+hash, indices or fields are not right, and `deal` refuses a pool other than the one that the partition was made for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from fedmerge.core.errors import DataError
+from fedmerge.core.options import build_options
+from fedmerge.data.federated import ClientData, Examples, FederatedData, check_federation
+from fedmerge.data.pool import Ints, Pool
+from fedmerge.data.transform import Scale, scale_of, turn
+
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+_FORMAT = "fedmerge partition 1"
+
+
+@dataclass(frozen=True, eq=False)
+class ClientPart:
+    """One client's rows of the pool and what is done to them.
+
+    Attributes:
+        name: Unique within the partition.
+        train: Row numbers, at least one.
+        validation: Row numbers.
+        test: Row numbers.
+        group: True group where the kind of partition has groups, else None.
+        relabel: [K] the label that class k gets, a permutation; None leaves labels alone.
+        rotation: Degrees by which images are turned counter-clockwise.
+        invert: Whether images are turned into their negative.
+    """
+
+    name: str
+    train: Ints
+    validation: Ints
+    test: Ints
+    group: int | None = None
+    relabel: tuple[int, ...] | None = None
+    rotation: float = 0.0
+    invert: bool = False
+
+    def split(self, split: Split) -> Ints:
+        """Row numbers of one split."""
+        rows: Ints = getattr(self, split)
+        return rows
+
+
+@dataclass(frozen=True, eq=False)
+class Partition:
+    """A pool dealt out to clients; two partitions are the same if their `sha256` is.
+
+    Attributes:
+        kind: Registered name of the way it was made.
+        seed: Decides every draw.
+        options: Of the kind, plain values.
+        pool_name: Of the pool, for messages.
+        pool_sha256: `Pool.sha256` of the pool that the row numbers belong to.
+        pool_size: Number of the pool's rows, n.
+        clients: In client-id order, at least one.
+
+    Raises:
+        DataError: if a row number is not 0..n-1, a row is used on two sides of a split, a client has nothing to
+            train on or two clients have one name.
+    """
+
+    kind: str
+    seed: int
+    options: Mapping[str, Any]
+    pool_name: str
+    pool_sha256: str
+    pool_size: int
+    clients: tuple[ClientPart, ...]
+
+    def __post_init__(self) -> None:
+        if not self.clients:
+            raise DataError(f"partition {self.kind!r}: no clients; expected at least one")
+        names = [client.name for client in self.clients]
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise DataError(f"partition {self.kind!r}: two clients are called {twice!r}; expected one name for each")
+        for client in self.clients:
+            _check_part(client, self.pool_size)
+        _check_sides(self, np.arange(self.pool_size), "row")
+
+    def plain(self) -> dict[str, Any]:
+        """All that the hash covers, as plain values."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {"format": _FORMAT, **fields, "clients": [_plain_part(client) for client in self.clients]}
+
+    def sha256(self) -> str:
+        """Hash of everything in the partition; equal for the same kind, options, seed and pool."""
+        return hashlib.sha256(_canonical(self.plain()).encode()).hexdigest()
+
+    def save(self, path: Path | str) -> None:
+        """Writes the partition so that a reader sees all of it or nothing."""
+        text = _canonical({**self.plain(), "sha256": self.sha256()}) + "\n"
+        temporary = Path(path).with_name(Path(path).name + ".part")
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+
+    @classmethod
+    def load(cls, path: Path | str) -> Partition:
+        """Reads what `save` wrote.
+
+        Raises:
+            DataError: if there is no such file or anything in it is not as it was written.
+        """
+        path = Path(path)
+        plain = _read(path)
+        written = plain.pop("sha256", None)
+        try:
+            partition = _from_plain(plain)
+        except DataError as error:
+            raise _damaged(path, str(error)) from error
+        if written != partition.sha256():
+            raise _damaged(path, f"it says sha256 {written}, its content has {partition.sha256()}")
+        return partition
+
+
+def _check_part(client: ClientPart, pool_size: int) -> None:
+    for split in SPLITS:
+        rows = client.split(split)
+        if rows.ndim != 1 or rows.dtype != np.int64:
+            raise DataError(f"client {client.name!r}: {split} rows are {rows.dtype} {rows.shape}; expected int64 [n]")
+        if len(rows) and (rows.min() < 0 or rows.max() >= pool_size):
+            raise DataError(
+                f"client {client.name!r}: {split} rows run from {rows.min()} to {rows.max()}; "
+                f"expected 0..{pool_size - 1}, the pool has {pool_size} items"
+            )
+        if len(np.unique(rows)) < len(rows):
+            raise DataError(f"client {client.name!r}: a row stands twice in its {split} rows; expected each once")
+    if not len(client.train):
+        raise DataError(f"client {client.name!r} has nothing to train on; expected at least one train row")
+    if client.relabel is not None and sorted(client.relabel) != list(range(len(client.relabel))):
+        raise DataError(f"client {client.name!r}: relabel {client.relabel} is not a permutation of 0..K-1")
+    if not math.isfinite(client.rotation):
+        raise DataError(f"client {client.name!r}: rotation {client.rotation} is not a number of degrees")
+
+
+def _check_sides(partition: Partition, identity: Ints, what: str) -> None:
+    """Refuses a partition in which one thing (`identity` of each row) is on two sides, here or at another client."""
+    side = np.full(int(identity.max()) + 1, -1)
+    for number, split in enumerate(SPLITS):
+        used = np.unique(identity[np.concatenate([client.split(split) for client in partition.clients])])
+        clash = used[side[used] >= 0]
+        if len(clash):
+            raise DataError(
+                f"partition {partition.kind!r}: {what} {clash[0]} is used for {SPLITS[side[clash[0]]]} and for {split} "
+                f"({len(clash)} such); expected every {what} on one side in the whole federation"
+            )
+        side[used] = number
+
+
+def _plain_part(client: ClientPart) -> dict[str, Any]:
+    plain = {field.name: getattr(client, field.name) for field in dataclasses.fields(client)}
+    return {**plain, **{split: client.split(split).tolist() for split in SPLITS}, "rotation": float(client.rotation)}
+
+
+def _canonical(plain: Any) -> str:
+    """One text for one content: sorted keys, no spaces, no NaN."""
+    return json.dumps(plain, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def _damaged(path: Path, why: str) -> DataError:
+    return DataError(f"{path} is not a whole partition file: {why}. Make it again from its seed, or take a good copy")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise DataError(f"{path}: no such partition file; give one that `Partition.save` wrote")
+    try:
+        plain = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, f"not JSON ({error})") from error
+    if not isinstance(plain, dict):
+        raise _damaged(path, "not a JSON object")
+    return plain
+
+
+def _from_plain(plain: dict[str, Any]) -> Partition:
+    """The partition that plain values describe; raises DataError with everything that does not fit."""
+    faults: list[str] = []
+    if plain.pop("format", None) != _FORMAT:
+        faults.append(f"its format is not {_FORMAT!r}")
+    parts = plain.get("clients")
+    clients = tuple(_part(part, faults) for part in (parts if isinstance(parts, list) else ()))
+    partition = None if faults else build_options(Partition, {**plain, "clients": clients}, "partition", faults)
+    if partition is None:
+        raise DataError("; ".join(faults))
+    return partition
+
+
+def _part(plain: Any, faults: list[str]) -> ClientPart | None:
+    if not isinstance(plain, dict):
+        faults.append(f"a client is {plain!r}; expected an object")
+        return None
+    where = f"client {plain.get('name')!r}"
+    rows: dict[str, Any] = {split: _row_numbers(plain.get(split), f"{where}, {split}", faults) for split in SPLITS}
+    return build_options(ClientPart, {**plain, **rows}, where, faults)
+
+
+def _row_numbers(plain: Any, where: str, faults: list[str]) -> Ints:
+    if isinstance(plain, list) and all(type(row) is int and abs(row) < 2**63 for row in plain):
+        return np.array(plain, dtype=np.int64)
+    faults.append(f"{where}: expected a list of whole numbers")
+    return np.empty(0, dtype=np.int64)
+
+
+def deal(pool: Pool, partition: Partition) -> FederatedData:
+    """Every client's examples, turned, inverted, relabelled and normalised as the partition says.
+
+    uint8 images become float32 ``(x / 255 - mean) / std`` with one mean and standard deviation per channel over the
+    rows that any client trains on; float inputs stay as they are.
+
+    Args:
+        pool: The pool that the partition was made for.
+        partition: Who gets which row.
+
+    Raises:
+        DataError: if it is another pool, an item is on two sides of a split, or the clients cannot be trained on.
+    """
+    if partition.pool_sha256 != pool.sha256():
+        raise DataError(
+            f"the partition was made for {partition.pool_name!r} with sha256 {partition.pool_sha256[:12]}…; "
+            f"{pool.name!r} has {pool.sha256()[:12]}…. Give the same source with the same options, "
+            "or make a new partition"
+        )
+    if pool.item is not None:
+        _check_sides(partition, np.unique(pool.item, return_inverse=True)[1], "item")
+    trained = np.unique(np.concatenate([client.train for client in partition.clients]))
+    scale = scale_of(pool.inputs[trained], pool.name)
+    groups = tuple(client.group for client in partition.clients if client.group is not None)
+    data = FederatedData(
+        clients=tuple(_deal_client(pool, client, scale) for client in partition.clients),
+        class_names=pool.class_names,
+        groups=groups if len(groups) == len(partition.clients) else None,
+        partition=partition,
+        source=f"{pool.name}, {partition.kind} over {len(partition.clients)} clients",
+    )
+    check_federation(data)
+    return data
+
+
+def _deal_client(pool: Pool, client: ClientPart, scale: Scale) -> ClientData:
+    if client.relabel is not None and len(client.relabel) != len(pool.class_names):
+        raise DataError(
+            f"client {client.name!r} relabels {len(client.relabel)} classes; {pool.name} has {len(pool.class_names)}"
+        )
+    labels = np.array(client.relabel or range(len(pool.class_names)), dtype=np.int64)
+
+    def examples(rows: Ints) -> Examples:
+        inputs = turn(torch.from_numpy(pool.inputs[rows]), client.rotation, invert=client.invert, scale=scale)
+        return Examples(scale.apply(inputs), torch.from_numpy(labels[pool.targets[rows]]))
+
+    return ClientData(client.name, *(examples(client.split(split)) for split in SPLITS))

@@ -1,0 +1,175 @@
+"""One client's file as tables: .npz, .csv, .parquet. Nothing that is read can execute code."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fedmerge.core.errors import DataError, FedmergeError, unknown_name
+from fedmerge.data.partition import SPLITS, Split
+from fedmerge.data.pool import Ints
+from fedmerge.data.table import Table, check_table, make_table
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Tables = dict[Split, Table]
+_UNREADABLE = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, csv.Error, NotImplementedError)
+
+
+@contextmanager
+def _naming(path: Path, expected: str) -> Iterator[None]:
+    """Within the block a fault of reading becomes one message that names the file."""
+    try:
+        yield
+    except _UNREADABLE as error:
+        raise DataError(f"{path} cannot be read ({error}); expected {expected}") from error
+
+
+def read_npz(path: Path, label_column: str) -> Tables:  # noqa: ARG001 - readers share one signature
+    """Arrays ``x`` and ``y``; ``x_validation``, ``y_validation``, ``x_test`` and ``y_test`` if they are split already.
+
+    Raises:
+        DataError: if the file is damaged, holds Python objects or other arrays.
+    """
+    known = [f"{letter}{ending}" for ending in ("", "_validation", "_test") for letter in "xy"]
+    with _naming(path, "an .npz file with arrays x and y"):
+        file = np.load(path, allow_pickle=False)
+        if not isinstance(file, np.lib.npyio.NpzFile):
+            raise DataError(f"{path} is a single array under the name of an .npz file; expected arrays x and y")
+        with file:
+            arrays = {name: file[name] for name in file.files}
+    for name in arrays:
+        if name not in known:
+            raise DataError(f"{path}: {unknown_name('array', name, known)}")
+    for name in ("x", "y", *map(_partner, arrays)):
+        if name not in arrays:
+            raise DataError(f"{path} has no array {name!r}; it has {', '.join(sorted(arrays)) or 'none'}")
+    endings: dict[Split, str] = {split: "" if split == "train" else f"_{split}" for split in SPLITS}
+    return {
+        split: make_table(f"{path}{ending and ', ' + split}", arrays["x" + ending], arrays["y" + ending])
+        for split, ending in endings.items()
+        if "x" + ending in arrays
+    }
+
+
+def _partner(name: str) -> str:
+    """The array that must come with this one.
+
+    >>> _partner("x_test")
+    'y_test'
+    """
+    return {"x": "y", "y": "x"}[name[0]] + name[1:]
+
+
+def read_csv(path: Path, label_column: str) -> Tables:
+    """A header, then one row per item; every column but the label's holds numbers. Blank lines do not count.
+
+    Raises:
+        DataError: naming the line and column of the first cell that is wrong.
+    """
+    with _naming(path, "a CSV file in UTF-8"), path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, strict=True, skipinitialspace=True)
+        rows = [(reader.line_num, row) for row in reader if row]
+    if len(rows) < 2:
+        raise DataError(f"{path} has no rows below its header; expected a header and one row per item")
+    header = [name.strip() for name in rows[0][1]]
+    label = _label_index(str(path), header, label_column)
+    inputs = [_numbers(path, line, row, header, label) for line, row in rows[1:]]
+    table = Table(
+        origin=str(path),
+        inputs=np.array(inputs, dtype=np.float64),
+        labels=np.array([row[label].strip() for _, row in rows[1:]]),
+        numbers=np.array([line for line, _ in rows[1:]]),
+        unit="line",
+        columns=tuple(name for index, name in enumerate(header) if index != label),
+    )
+    return {"train": check_table(table)}
+
+
+def _label_index(origin: str, header: Sequence[str], label_column: str) -> int:
+    twice = next((name for name in header if header.count(name) > 1), None)
+    if twice is not None:
+        raise DataError(f"{origin}: two columns are called {twice!r}; expected one name for each")
+    if label_column not in header:
+        raise DataError(f"{origin}: {unknown_name('label column', label_column, header)}")
+    if len(header) < 2:
+        raise DataError(f"{origin} has only its label column {label_column!r}; expected columns with numbers beside it")
+    return header.index(label_column)
+
+
+def _numbers(path: Path, line: int, row: Sequence[str], header: Sequence[str], label: int) -> list[float]:
+    if len(row) != len(header):
+        raise DataError(f"{path}, line {line}: {len(row)} cells; expected {len(header)} as in the header")
+    if not row[label].strip():
+        raise DataError(f"{path}, line {line}, column {header[label]!r}: the label is empty; expected a class")
+    return [_number(cell, path, line, name) for name, cell in zip(header, row, strict=True) if name != header[label]]
+
+
+def _number(cell: str, path: Path, line: int, column: str) -> float:
+    try:
+        return float("not a number" if "_" in cell else cell)  # float() takes 1_000 for a thousand
+    except ValueError:
+        raise DataError(f"{path}, line {line}, column {column!r}: got {cell!r}; expected a number") from None
+
+
+def read_parquet(path: Path, label_column: str) -> Tables:
+    """One row per item; every column but the label's holds numbers. Needs the extra ``parquet``.
+
+    Raises:
+        FedmergeError: if the extra is not installed.
+        DataError: if the file is damaged or a cell is wrong.
+    """
+    if importlib.util.find_spec("pyarrow") is None:
+        raise FedmergeError(f'{path}: .parquet files need pyarrow: pip install "fedmerge[parquet]"')
+    import pandas as pd  # noqa: PLC0415 - takes a second to import
+
+    with _naming(path, "a parquet file"):
+        frame = pd.read_parquet(path, engine="pyarrow")
+    return {"train": frame_table(frame, label_column, str(path))}
+
+
+def frame_table(frame: pd.DataFrame, label_column: str, origin: str, numbers: Ints | None = None) -> Table:
+    """A table from a data frame whose other columns hold numbers.
+
+    Args:
+        frame: One row per item.
+        label_column: Column with the class.
+        origin: Begins every message.
+        numbers: [n] what the rows are called in messages, if not 0..n-1.
+
+    Raises:
+        DataError: naming the first column or row that is wrong.
+    """
+    header = [str(column) for column in frame.columns]
+    label = _label_index(origin, header, label_column)
+    others = [index for index in range(len(header)) if index != label]
+    labels = frame.iloc[:, label]
+    table = Table(
+        origin=origin,
+        inputs=np.column_stack([_column(frame.iloc[:, index], origin, header[index]) for index in others]),
+        labels=labels.to_numpy() if labels.dtype.kind in "buif" else labels.astype(str).to_numpy(dtype=np.str_),
+        numbers=numbers,
+        columns=tuple(header[index] for index in others),
+    )
+    if labels.isna().any():
+        row = int(np.flatnonzero(labels.isna())[0])
+        raise DataError(f"{table.at(row)}, column {label_column!r}: the label is missing; expected a class")
+    return check_table(table)
+
+
+def _column(series: pd.Series[Any], origin: str, name: str) -> Any:
+    if series.dtype.kind not in "buif":
+        raise DataError(f"{origin}, column {name!r} holds {series.dtype}; expected numbers, or leave the column out")
+    return series.to_numpy(dtype=np.float64, na_value=np.nan)
+
+
+READERS: dict[str, Callable[[Path, str], Tables]] = {".npz": read_npz, ".csv": read_csv, ".parquet": read_parquet}

@@ -1,0 +1,225 @@
+"""A run as data: typed options from TOML and command-line overrides, with every fault reported at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+
+from fedmerge.algorithms import ALGORITHMS
+from fedmerge.algorithms.fedmerge import FedMerge
+from fedmerge.core.errors import UsageError, unknown_name
+from fedmerge.core.options import build_options, check_options, option, option_fields
+from fedmerge.core.registry import Registry
+from fedmerge.data import PARTITIONS, SOURCES, FolderOptions
+from fedmerge.models import NETWORKS
+from fedmerge.models.mlp import Mlp
+from fedmerge.runtime import BufferPolicy
+from fedmerge.training import LocalTraining
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Table = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a run goes, apart from data, model and method."""
+
+    rounds: int = option(100, at_least=1, help="number of rounds")
+    fraction: float = option(1.0, above=0, at_most=1, help="share of clients in each round's cohort")
+    evaluate_every: int = option(10, at_least=1, help="rounds between two evaluations; the last is always evaluated")
+    finetune_epochs: int = option(0, at_least=0, help="local epochs at the end, reported beside the plain result")
+    seed: int = option(0, at_least=0, help="decides split, initial model, cohorts and batches")
+    runtime: Literal["auto", "sequential", "vectorised"] = option("auto", help="how clients are executed")
+    buffers: BufferPolicy = option("merge", help="whose BatchNorm statistics a client's model has")
+    precision: Literal["float32", "float64"] = option("float32", help="of inputs and parameters")
+    head: str | None = option(None, help="sub-module that is the output layer; the last one with parameters by default")
+    frozen: tuple[str, ...] = option((), help="sub-modules whose parameters are neither trained nor sent")
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a run is made from.
+
+    Attributes:
+        source: Where the items come from.
+        partition: How they are dealt out; None for a folder of a user's own clients.
+        model: The network's recipe.
+        method: The algorithm with its hyper-parameters.
+        training: What a client does in a round.
+        run: Rounds, seed and the like.
+        label: How tables call the run; the method's name by default.
+    """
+
+    source: Any
+    partition: Any
+    model: Any = field(default_factory=Mlp)
+    method: Any = field(default_factory=FedMerge)
+    training: LocalTraining = field(default_factory=LocalTraining)
+    run: RunOptions = field(default_factory=RunOptions)
+    label: str = ""
+
+    @property
+    def name(self) -> str:
+        """The label, or the method's registered name."""
+        return self.label or ALGORITHMS.name_of(self.method)
+
+
+_CHOICES: dict[str, Registry[Any]] = {
+    "source": SOURCES,
+    "partition": PARTITIONS,
+    "model": NETWORKS,
+    "method": ALGORITHMS,
+}
+_DEFAULTS: dict[str, Table] = {
+    "source": {"name": "digits"},
+    "partition": {"name": "class-clusters"},
+    "model": {"name": "mlp"},
+    "method": {"name": "fedmerge"},
+}
+
+
+def read_toml(path: Path | str) -> Table:
+    """A TOML file as a table.
+
+    Raises:
+        UsageError: if it cannot be read or is not TOML; names the file and the place.
+    """
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"cannot read configuration {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not valid TOML: {error}") from error
+
+
+def parse_value(text: str) -> Any:
+    """A command-line word as the plain value it spells: number, true/false, list, table, or else a text.
+
+    >>> parse_value("0.1"), parse_value("true"), parse_value("[1, 2]"), parse_value("cosine")
+    (0.1, True, [1, 2], 'cosine')
+    """
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def override(table: Mapping[str, Any], assignments: Sequence[str]) -> Table:
+    """A copy of `table` with ``dotted.key=value`` words applied; ``source=digits`` stands for ``source.name=digits``.
+
+    Choosing another name drops the options of the old one.
+
+    Raises:
+        UsageError: for a word without ``=`` or a key that runs through a plain value.
+    """
+    result: Table = {key: dict(value) if isinstance(value, Mapping) else value for key, value in table.items()}
+    for word in assignments:
+        key, equals, text = word.partition("=")
+        if not equals or not key:
+            raise UsageError(f"got {word!r}; expected key=value, for example rounds=50 or training.lr=0.05")
+        path = key.split(".")
+        if path[0] in _CHOICES and len(path) == 1:
+            path.append("name")
+        _assign(result, path, parse_value(text), word)
+    return result
+
+
+def _assign(table: Table, path: list[str], value: Any, word: str) -> None:
+    for part in path[:-1]:
+        table = table.setdefault(part, {})
+        if not isinstance(table, dict):
+            raise UsageError(f"got {word!r}; {part!r} is a plain value, not a table")
+    if path[-1] == "name" and len(path) == 2 and table.get("name") != value:
+        table.clear()
+    table[path[-1]] = value
+
+
+def build_config(table: Mapping[str, Any]) -> Config:
+    """A configuration from a table with ``source``, ``partition``, ``model``, ``method``, ``training`` and run options.
+
+    Raises:
+        UsageError: with one line per fault, all of them together.
+    """
+    faults: list[str] = []
+    rest = {key: value for key, value in table.items() if key not in {*_CHOICES, "training", "label"}}
+    _complain_of_unknown(rest, faults)
+    known = option_fields(RunOptions)
+    run = build_options(RunOptions, {key: value for key, value in rest.items() if key in known}, "run", faults)
+    training = build_options(LocalTraining, _subtable(table, "training", faults), "training", faults)
+    chosen = {kind: _chosen(kind, table, faults) for kind in _CHOICES}
+    label = table.get("label", "")
+    if not isinstance(label, str):
+        faults.append(f"label: got {label!r}; expected a text")
+    if faults or run is None or training is None:
+        raise UsageError("\n".join(faults))
+    return Config(**chosen, training=training, run=run, label=label)
+
+
+def _complain_of_unknown(rest: Table, faults: list[str]) -> None:
+    known = {*option_fields(RunOptions), *_CHOICES, "training", "label"}
+    faults += [unknown_name("option", key, known) for key in rest if key not in known]
+
+
+def _subtable(table: Mapping[str, Any], key: str, faults: list[str]) -> Table:
+    value = table.get(key, {})
+    if isinstance(value, Mapping):
+        return dict(value)
+    faults.append(f"{key}: got {value!r}; expected a table")
+    return {}
+
+
+def _chosen(kind: str, table: Mapping[str, Any], faults: list[str]) -> Any:
+    value = table.get(kind, _DEFAULTS[kind])
+    given: Table = {"name": value} if isinstance(value, str) else _subtable({kind: value}, kind, faults)
+    if kind == "source" and given.get("name") == "folder":
+        return build_options(FolderOptions, {k: v for k, v in given.items() if k != "name"}, "source", faults)
+    if kind == "partition" and _is_folder(table):
+        if "partition" in table:
+            faults.append("partition: got one for source 'folder', whose files are the clients; leave it out")
+        return None
+    return _CHOICES[kind].build({**_name_of_default(kind, given), **given}, kind, faults)
+
+
+def _name_of_default(kind: str, given: Table) -> Table:
+    return {} if "name" in given else _DEFAULTS[kind]
+
+
+def _is_folder(table: Mapping[str, Any]) -> bool:
+    source = table.get("source", {})
+    return source == "folder" or (isinstance(source, Mapping) and source.get("name") == "folder")
+
+
+def to_table(config: Config) -> Table:
+    """The inverse of `build_config`: plain values, everything resolved, None left out."""
+    table: Table = {**({"label": config.label} if config.label else {}), **plain_options(config.run)}
+    for kind, registry in _CHOICES.items():
+        chosen = getattr(config, kind)
+        if chosen is not None:
+            name = "folder" if isinstance(chosen, FolderOptions) else registry.name_of(chosen)
+            table[kind] = {"name": name, **plain_options(chosen)}
+    table["training"] = plain_options(config.training)
+    return table
+
+
+def plain_options(options: Any) -> Table:
+    """An options dataclass as plain values, None left out."""
+    plain = {f.name: getattr(options, f.name) for f in dataclasses.fields(options) if f.init}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in plain.items() if value is not None}
+
+
+def config_text(config: Config) -> str:
+    """A configuration as TOML that `build_config` reads back to the same one."""
+    return tomli_w.dumps(to_table(config))

@@ -1,0 +1,168 @@
+"""One run from start to end: loop, record, folder."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fedmerge.algorithms import ALGORITHMS
+from fedmerge.data import FederatedData
+from fedmerge.experiment.config import Config, RunOptions, plain_options
+from fedmerge.experiment.federation import load_data
+from fedmerge.experiment.record import RoundRecord, RunRecord, Status, append_round, write_run
+from fedmerge.experiment.simulation import Progress, Setup, finetune, one_thread, prepare, rounds
+from fedmerge.experiment.store import create_run_folder, versions, write_inputs, write_models
+from fedmerge.training import LocalTraining
+
+Watcher = Callable[[RoundRecord], None]
+"""Called after every round."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What is at hand when a run has ended.
+
+    Attributes:
+        record: The whole run.
+        setup: What it ran on.
+        progress: Its final state.
+        folder: Where it was written, if anywhere.
+    """
+
+    record: RunRecord
+    setup: Setup
+    progress: Progress
+    folder: Path | None
+
+
+def execute_config(
+    config: Config, *, data: FederatedData | None = None, folder: Path | None = None, watch: Watcher | None = None
+) -> Outcome:
+    """Runs a configuration.
+
+    Args:
+        config: What to run.
+        data: The clients, if they are loaded already; they must be those of the configuration.
+        folder: Where to write the run; created, must be empty.
+        watch: Called after every round.
+    """
+    data = load_data(config.source, config.partition, config.run.seed) if data is None else data
+    return execute(
+        config.method,
+        data,
+        config.model,
+        config.training,
+        config.run,
+        label=config.name,
+        folder=folder,
+        watch=watch,
+        config=config,
+    )
+
+
+def execute(
+    algorithm: Any,
+    data: FederatedData,
+    model: Any,
+    training: LocalTraining,
+    options: RunOptions,
+    *,
+    label: str,
+    folder: Path | None = None,
+    watch: Watcher | None = None,
+    config: Config | None = None,
+) -> Outcome:
+    """Runs a method on a federation.
+
+    A run that is interrupted or fails keeps its rounds so far, its last state and a status that says so; the
+    exception is passed on.
+
+    Args:
+        algorithm: The method.
+        data: The clients.
+        model: A recipe, a module, or a function that makes one.
+        training: What a client does in a round.
+        options: Rounds, seed and the like.
+        label: How tables call the run.
+        folder: Where to write the run; created, must be empty.
+        watch: Called after every round.
+        config: Written into the folder, where the run was made from one.
+    """
+    began = time.perf_counter()
+    setup, progress = prepare(algorithm, data, model, training, options)
+    record = _new_record(setup, data, model, label)
+    if folder is not None:
+        create_run_folder(folder)
+        write_inputs(folder, config, data)
+        write_run(folder, record)
+    collected: list[RoundRecord] = []
+    try:
+        with one_thread():
+            for progress, line in rounds(setup, progress):  # noqa: B020, PLR1704 - the state moves on
+                collected.append(line)
+                if folder is not None:
+                    append_round(folder, line)
+                if watch is not None:
+                    watch(line)
+            record = _with_finetuning(record, setup, progress)
+    except BaseException as error:
+        status: Status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        _close(record, status, began, collected, progress, folder)
+        raise
+    return Outcome(_close(record, "finished", began, collected, progress, folder), setup, progress, folder)
+
+
+def _close(
+    record: RunRecord,
+    status: Status,
+    began: float,
+    collected: list[RoundRecord],
+    progress: Progress,
+    folder: Path | None,
+) -> RunRecord:
+    record = replace(record, status=status, seconds=time.perf_counter() - began, rounds=tuple(collected))
+    if folder is not None:
+        write_models(folder, progress)
+        write_run(folder, record)
+    return record
+
+
+def _with_finetuning(record: RunRecord, setup: Setup, progress: Progress) -> RunRecord:
+    if not setup.options.finetune_epochs:
+        return record
+    validation, test = finetune(setup, progress)
+    return replace(record, finetuned_validation=validation, finetuned=test)
+
+
+def _new_record(setup: Setup, data: FederatedData, model: Any, label: str) -> RunRecord:
+    return RunRecord(
+        label=label,
+        method=ALGORITHMS.name_of(setup.algorithm),
+        options={**plain_options(setup.algorithm), "training": plain_options(setup.training)},
+        seed=setup.options.seed,
+        status="running",
+        client_names=tuple(client.name for client in data.clients),
+        groups=data.groups,
+        num_train=tuple(client.num_train for client in data.clients),
+        num_validation=tuple(len(client.validation.targets) for client in data.clients),
+        num_test=tuple(len(client.test.targets) for client in data.clients),
+        class_names=data.class_names,
+        num_params=setup.layout.num_params,
+        setting=f"{data.source}, {_model_text(model)}, {setup.options.rounds} rounds, {_cohort_text(setup)}",
+        data_sha256=data.sha256(),
+        versions=versions(),
+    )
+
+
+def _model_text(model: Any) -> str:
+    options = plain_options(model) if hasattr(model, "build") else {}
+    name = type(model).__name__ if not callable(model) or hasattr(model, "build") else getattr(model, "__name__", type(model).__name__)
+    return name + (f"({', '.join(f'{key}={value}' for key, value in options.items())})" if options else "")
+
+
+def _cohort_text(setup: Setup) -> str:
+    fraction = setup.options.fraction
+    return "all clients each round" if fraction == 1 else f"{100 * fraction:g} % of the clients each round"

@@ -1,0 +1,125 @@
+"""From a configuration to data and network."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedmerge.core.errors import UsageError
+from fedmerge.core.protocol import Federation
+from fedmerge.core.randomness import fresh_module_randomness
+from fedmerge.core.vector import Layout
+from fedmerge.data import ClientData, Examples, FederatedData, FolderOptions, deal, from_folder
+from fedmerge.training.task import has_dropout, is_batch_coupled
+
+
+def load_data(source: Any, partition: Any, seed: int) -> FederatedData:
+    """The clients that a configuration asks for.
+
+    Args:
+        source: A registered source or `FolderOptions`.
+        partition: A registered partition; None for a folder.
+        seed: Of the partition.
+    """
+    if isinstance(source, FolderOptions):
+        return from_folder(source, seed=seed)
+    pool = source.load()
+    return deal(pool, partition.split(pool, seed))
+
+
+def in_precision(data: FederatedData, dtype: torch.dtype) -> FederatedData:
+    """The same clients with inputs of another floating-point type."""
+
+    def cast(examples: Examples) -> Examples:
+        return Examples(examples.inputs.to(dtype), examples.targets)
+
+    def cast_client(client: ClientData) -> ClientData:
+        return replace(
+            client, train=cast(client.train), validation=cast(client.validation), test=cast(client.test)
+        )
+
+    return replace(data, clients=tuple(cast_client(client) for client in data.clients))
+
+
+def channels_last(data: FederatedData) -> FederatedData:
+    """The same clients with images laid out as convolutions like them; other inputs as they are."""
+
+    def lay(examples: Examples) -> Examples:
+        if examples.inputs.dim() != 4:
+            return examples
+        return Examples(examples.inputs.contiguous(memory_format=torch.channels_last), examples.targets)
+
+    clients = [replace(c, train=lay(c.train), validation=lay(c.validation), test=lay(c.test)) for c in data.clients]
+    return replace(data, clients=tuple(clients))
+
+
+def make_module(model: Any, data: FederatedData, seed: int, draw: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The `draw`-th fresh network of a run; the same for every method.
+
+    Args:
+        model: A recipe, a module (used as it is for draw 0, re-initialised after that), or a function without
+            arguments that makes one.
+        data: Gives input shape and number of classes.
+        seed: The run's.
+        draw: Which of the run's initial networks.
+        dtype: Of its floating-point tensors.
+    """
+    with fresh_module_randomness(seed, "initial weights", draw):
+        if isinstance(model, nn.Module):
+            module = model if draw == 0 else _redrawn(model)
+        elif hasattr(model, "build"):
+            module = model.build(data.input_shape, data.num_classes)
+        elif callable(model):
+            module = model()
+        else:
+            raise UsageError(
+                f"model: got a {type(model).__name__}; expected a name, a torch.nn.Module, or a function that makes one"
+            )
+    return module.to(dtype) if dtype == torch.float64 else module
+
+
+def _redrawn(module: nn.Module) -> nn.Module:
+    """A copy with fresh weights, by each layer's own ``reset_parameters``."""
+    twin = copy.deepcopy(module)
+    lacking = [
+        name
+        for name, part in twin.named_modules()
+        if any(True for _ in part.parameters(recurse=False)) and not hasattr(part, "reset_parameters")
+    ]
+    if lacking:
+        raise UsageError(
+            f"this method starts from several draws, but {', '.join(repr(name) for name in lacking)} of your module has "
+            "no reset_parameters(); give a function that makes a fresh module instead of a module"
+        )
+    for part in twin.modules():
+        if hasattr(part, "reset_parameters"):
+            part.reset_parameters()
+    return twin
+
+
+def drawer(model: Any, data: FederatedData, seed: int, layout: Layout, dtype: torch.dtype) -> Callable[[int], Tensor]:
+    """``draw(j)``: the j-th initial parameter vector."""
+    return lambda j: layout.read(make_module(model, data, seed, j, dtype))
+
+
+def federation_facts(data: FederatedData, layout: Layout) -> Federation:
+    """What a method is told before the first round."""
+    return Federation(
+        num_clients=len(data.clients),
+        num_trainable=layout.num_trainable,
+        head=layout.head,
+        layers=layout.layers,
+        groups=data.groups,
+    )
+
+
+def suits_vectorised(module: nn.Module) -> bool:
+    """Whether the vectorised engine is the faster one: small networks without convolutions, BatchNorm or dropout."""
+    convolutions = any(isinstance(part, nn.modules.conv._ConvNd) for part in module.modules())  # noqa: SLF001
+    return not convolutions and not is_batch_coupled(module) and not has_dropout(module)
+

@@ -1,0 +1,235 @@
+"""The round loop: one method on one federation, from the first draw to the last record."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedmerge.core.protocol import Algorithm, Batches, Federation
+from fedmerge.core.randomness import generator
+from fedmerge.core.vector import Layout, layout_of
+from fedmerge.data import FederatedData
+from fedmerge.experiment.config import RunOptions
+from fedmerge.experiment.federation import (
+    channels_last,
+    drawer,
+    federation_facts,
+    in_precision,
+    make_module,
+    suits_vectorised,
+)
+from fedmerge.experiment.record import RoundRecord, Scores
+from fedmerge.runtime import (
+    Engine,
+    Fleet,
+    Sequential,
+    Vectorised,
+    finetuned,
+    personal_models,
+    run_round,
+    score,
+)
+from fedmerge.training import Descent, LocalTraining, Tally, draw_batches, one_pass, rate_of_round
+
+_DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """All that stays the same during a run.
+
+    Attributes:
+        algorithm: The method.
+        data: The clients, in the run's precision.
+        module: The network, with the weights of draw 0.
+        layout: Of the module.
+        engine: Runs the clients.
+        training: What a client does in a round.
+        options: Rounds, seed and the like.
+        facts: What the method is told.
+    """
+
+    algorithm: Algorithm[Any]
+    data: FederatedData
+    module: nn.Module
+    layout: Layout
+    engine: Engine
+    training: LocalTraining
+    options: RunOptions
+    facts: Federation
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands.
+
+    Attributes:
+        state: The server's.
+        fleet: The clients'.
+        round: Completed rounds.
+    """
+
+    state: Any
+    fleet: Fleet
+    round: int
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Within the block torch computes on one thread: small networks are faster and the bits do not depend on the machine's load."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def prepare(
+    algorithm: Algorithm[Any], data: FederatedData, model: Any, training: LocalTraining, options: RunOptions
+) -> tuple[Setup, Progress]:
+    """Network, layout, engine and the state before the first round.
+
+    Args:
+        algorithm: The method.
+        data: The clients.
+        model: A recipe, a module, or a function that makes one.
+        training: What a client does in a round.
+        options: Rounds, seed and the like.
+    """
+    dtype = _DTYPES[options.precision]
+    module = make_module(model, data, options.seed, dtype=dtype)
+    layout = layout_of(module, head=options.head, frozen=options.frozen)
+    vectorised = suits_vectorised(module) if options.runtime == "auto" else options.runtime == "vectorised"
+    descent = Descent(momentum=training.momentum, weight_decay=training.weight_decay)
+    engine = (Vectorised if vectorised else Sequential)(module, layout, descent)
+    facts = federation_facts(data, layout)
+    draw = drawer(model, data, options.seed, layout, dtype)
+    state = algorithm.init(draw, facts, options.seed)
+    start = draw(0)
+    N = len(data.clients)
+    fleet = Fleet(
+        private=(algorithm.start(start),) * N,
+        buffers=(start[layout.num_trainable :],) * N,
+        policy=options.buffers,
+        num_trainable=layout.num_trainable,
+    )
+    data = channels_last(in_precision(data, dtype))
+    setup = Setup(algorithm, data, module, layout, engine, training, options, facts)
+    return setup, Progress(state, fleet, 0)
+
+
+def cohort_of_round(options: RunOptions, num_clients: int, round_number: int) -> Tensor:
+    """Who takes part: a share of the clients without replacement, ascending; the same for every method."""
+    if options.fraction >= 1:
+        return torch.arange(num_clients)
+    size = max(1, round(options.fraction * num_clients))
+    chosen = generator(options.seed, "cohort", round_number).choice(num_clients, size, replace=False)
+    chosen.sort()
+    return torch.from_numpy(chosen)
+
+
+def advance(setup: Setup, progress: Progress) -> tuple[Progress, RoundRecord]:
+    """One round; the record carries no scores yet."""
+    number, options, clients = progress.round + 1, setup.options, setup.data.clients
+    began = time.perf_counter()
+    cohort = cohort_of_round(options, len(clients), number)
+    rate = rate_of_round(setup.training, number, options.rounds)
+    batches = [
+        draw_batches(clients[i].train, setup.training, lr=rate, seed=options.seed, round_number=number, client=i)
+        for i in cohort.tolist()
+    ]
+    num_examples = torch.tensor([clients[i].num_train for i in cohort.tolist()])
+    cost = setup.algorithm.cost(progress.state)
+    result = run_round(setup.algorithm, progress.state, progress.fleet, cohort, batches, num_examples, setup.engine)
+    passed = sum(len(batch.targets) for steps in batches for batch in steps)
+    record = RoundRecord(
+        round=number,
+        cohort=tuple(cohort.tolist()),
+        seconds=time.perf_counter() - began,
+        bytes_down=result.bytes_down,
+        bytes_up=result.bytes_up,
+        forward=passed * (1 + cost.extra_forward),
+        backward=passed,
+        state=_described(setup.algorithm, result.state),
+    )
+    return Progress(result.state, result.fleet, number), record
+
+
+def _described(algorithm: Algorithm[Any], state: Any) -> dict[str, Any]:
+    return {**algorithm.describe(state), "server_floats": algorithm.cost(state).server_floats}
+
+
+def models_now(setup: Setup, progress: Progress) -> list[Tensor]:
+    """The model [P] that every client would use now."""
+    passes = [one_pass(client.train) for client in setup.data.clients]
+    return personal_models(setup.algorithm, progress.state, progress.fleet, passes, setup.engine)
+
+
+def first_record(setup: Setup, progress: Progress) -> RoundRecord:
+    """Round 0: nothing trained, nothing sent."""
+    return RoundRecord(
+        round=0,
+        cohort=(),
+        seconds=0.0,
+        bytes_down=0,
+        bytes_up=0,
+        forward=0,
+        backward=0,
+        state=_described(setup.algorithm, progress.state),
+    )
+
+
+def evaluate(setup: Setup, progress: Progress, record: RoundRecord) -> RoundRecord:
+    """The record with every client's scores on its own validation and test examples."""
+    models = models_now(setup, progress)
+    weights = setup.algorithm.mixing(progress.state)
+    return replace(
+        record,
+        validation=scores_of(setup, models, "validation"),
+        test=scores_of(setup, models, "test"),
+        mixing=None if weights is None else tuple(tuple(round(a, 6) for a in row) for row in weights.tolist()),
+    )
+
+
+def scores_of(setup: Setup, models: Sequence[Tensor], split: str) -> Scores:
+    """Accuracy and loss of each client's model on its own `split`."""
+    batches: list[Batches] = [one_pass(getattr(client, split)) for client in setup.data.clients]
+    tallies = score(models, batches, setup.engine)
+    return Scores(tuple(_ratio(t, t.right) for t in tallies), tuple(_ratio(t, t.loss) for t in tallies))
+
+
+def _ratio(tallied: Tally, total: Tensor) -> float | None:
+    return float(total / tallied.count) if tallied.count > 0 else None
+
+
+def finetune(setup: Setup, progress: Progress) -> tuple[Scores, Scores]:
+    """Validation and test scores after local fine-tuning of every client's model at the last learning rate."""
+    options = setup.options
+    rate = rate_of_round(setup.training, max(1, progress.round), options.rounds)
+    training = replace(setup.training, epochs=options.finetune_epochs, steps=None)
+    batches = [
+        draw_batches(c.train, training, lr=rate, seed=options.seed, round_number=options.rounds + 1, client=i)
+        for i, c in enumerate(setup.data.clients)
+    ]
+    models = finetuned(models_now(setup, progress), batches, setup.engine)
+    return scores_of(setup, models, "validation"), scores_of(setup, models, "test")
+
+
+def rounds(setup: Setup, progress: Progress) -> Iterator[tuple[Progress, RoundRecord]]:
+    """Round 0 and then every round of the run, with scores where they are due."""
+    yield progress, evaluate(setup, progress, first_record(setup, progress))
+    while progress.round < setup.options.rounds:
+        progress, record = advance(setup, progress)
+        due = progress.round % setup.options.evaluate_every == 0 or progress.round == setup.options.rounds
+        yield progress, evaluate(setup, progress, record) if due else record
+
+
+Watcher = Callable[[RoundRecord], None]
+"""Called after every round, for progress displays."""

@@ -1,0 +1,78 @@
+"""A run's folder: created once, written as the run goes, never half."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from fedmerge._version import __version__
+from fedmerge.core.errors import UsageError
+from fedmerge.core.protocol import state_tensors
+from fedmerge.data import FederatedData
+from fedmerge.data.picture import partition_svg
+from fedmerge.experiment.config import Config, config_text
+from fedmerge.experiment.record import write_atomically
+from fedmerge.experiment.simulation import Progress
+
+
+def create_run_folder(folder: Path) -> None:
+    """Makes a new, empty run folder.
+
+    Raises:
+        UsageError: if it exists with something in it, or cannot be written.
+    """
+    try:
+        if folder.exists() and any(folder.iterdir()):
+            raise UsageError(
+                f"{folder} exists and is not empty; nothing was overwritten. Choose another --out or remove it first"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot write run folder {folder}: {error.strerror or error}") from error
+    if not os.access(folder, os.W_OK):
+        raise UsageError(f"cannot write run folder {folder}: no permission")
+
+
+def write_inputs(folder: Path, config: Config | None, data: FederatedData) -> None:
+    """Configuration (for runs made from one), partition and its picture."""
+    if config is not None:
+        write_atomically(folder / "config.toml", config_text(config))
+    if data.partition is not None:
+        data.partition.save(folder / "partition.json")
+    write_atomically(folder / "partition.svg", partition_svg(data))
+
+
+def write_models(folder: Path, progress: Progress) -> None:
+    """The server's state as ``server.*``, and what clients keep as ``client.<i>.<k>`` and ``buffers.<i>``."""
+    tensors = {f"server.{name}": tensor for name, tensor in state_tensors(progress.state).items()}
+    for i, (private, buffers) in enumerate(zip(progress.fleet.private, progress.fleet.buffers, strict=True)):
+        tensors.update({f"client.{i}.{k}": leaf for k, leaf in enumerate(tree_leaves(private))})
+        if progress.fleet.policy == "local" and len(buffers):
+            tensors[f"buffers.{i}"] = buffers
+    path = folder / "models.safetensors"
+    temporary = path.with_name(path.name + ".part")
+    save_file({name: _own_memory(tensor) for name, tensor in tensors.items()}, temporary, {"round": str(progress.round)})
+    temporary.replace(path)
+
+
+def _own_memory(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous().clone()
+
+
+def versions() -> dict[str, Any]:
+    """Of what the numbers depend on."""
+    return {
+        "fedmerge": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": version("numpy"),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+    }

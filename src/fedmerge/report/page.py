@@ -1,0 +1,288 @@
+"""One self-contained page about a set of runs: it needs no network and no script, and may be sent by mail."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+
+from fedmerge.core.errors import UsageError
+from fedmerge.experiment.record import RunRecord, write_atomically
+from fedmerge.report.figures import distribution, forest, worst_clients
+from fedmerge.report.lines import accuracy_by_bytes, accuracy_by_round, decidedness
+from fedmerge.report.markup import Markup, element, join
+from fedmerge.report.study import Study, client_accuracies, studies
+from fedmerge.report.svg import Figure, colour
+from fedmerge.report.table import Column, Table
+from fedmerge.report.tables import cost_table, structure_table, study_table
+from fedmerge.report.text import listed, plural, ranges
+from fedmerge.report.verdict import headline, protocol, remarks
+from fedmerge.report.weights import alike, merging_weights, weights_over_rounds
+
+CLIENT_ROWS = 200
+
+# Nothing may be loaded and nothing may run, whatever a client is called.
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+
+
+def write_report(runs: Sequence[RunRecord], target: Path, *, reference: str | None = None) -> Path:
+    """Writes the page.
+
+    Args:
+        runs: One or several; several methods, seeds and settings.
+        target: The file to write, for example ``report.html``; missing folders are made.
+        reference: The label that the others are compared with; by default FedMerge, else the first run's.
+
+    Returns:
+        The file.
+
+    Raises:
+        UsageError: if the runs cannot stand in one report, see `studies`, or the target is a folder.
+    """
+    target = Path(target)
+    if target.is_dir():
+        raise UsageError(f"{target} is a folder; give the file to write, for example {target / 'report.html'}")
+    page = report_page(studies(runs, reference=reference))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(target, page)
+    return target
+
+
+def report_page(found: Sequence[Study]) -> str:
+    """The whole page as text."""
+    style = resources.files("fedmerge.report").joinpath("style.css").read_text(encoding="utf-8")
+    title = headline(found[0]) if len(found) == 1 else f"{len(found)} settings"
+    head = element(
+        "head",
+        element("meta", charset="utf-8"),
+        element("meta", http_equiv="Content-Security-Policy", content=_POLICY),
+        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        element("meta", name="color-scheme", content="light dark"),
+        element("title", f"fedmerge: {title}"),
+        element("style", Markup(style)),
+    )
+    sections = [_section(study, index, alone=len(found) == 1) for index, study in enumerate(found)]
+    main = element("main", _opening(found), *sections)
+    return f"<!doctype html>\n{element('html', head, element('body', main), lang='en')}\n"
+
+
+def _opening(found: Sequence[Study]) -> Markup:
+    if len(found) == 1:
+        study = found[0]
+        return element(
+            "header",
+            element("p", study.setting, class_="kicker"),
+            element("h1", _unbroken(headline(study))),
+            element("ul", *(element("li", remark) for remark in remarks(study)), class_="remarks"),
+        )
+    links = [
+        element("li", element("a", study.setting, href=f"#s{index}"), element("p", _unbroken(headline(study))))
+        for index, study in enumerate(found)
+    ]
+    methods = dict.fromkeys(label for study in found for label in study.labels)
+    return element(
+        "header",
+        element("p", "fedmerge report", class_="kicker"),
+        element("h1", f"{plural(len(methods), 'method')} in {plural(len(found), 'setting')}"),
+        element("ol", *links, class_="contents"),
+    )
+
+
+def _section(study: Study, index: int, *, alone: bool) -> Markup:
+    """One setting, from the verdict to the hashes."""
+    opening = None
+    if not alone:
+        opening = join(
+            element("h2", study.setting, class_="setting"),
+            element("p", _unbroken(headline(study)), class_="verdict"),
+            element("ul", *(element("li", remark) for remark in remarks(study)), class_="remarks"),
+        )
+    return element("section", opening, *_chapters(study, "h2" if alone else "h3"), id=f"s{index}")
+
+
+def _chapters(study: Study, level: str) -> list[Markup]:
+    main, spent = study_table(study), cost_table(study)
+    chapters = {
+        "The numbers": join(_table(main, study), _legend(main), _copies(main)),
+        "Differences and spread": _figures(forest(study), distribution(study)),
+        "Over the rounds": _figures(accuracy_by_round(study), accuracy_by_bytes(study)),
+        "Client by client": element("div", _figure(worst_clients(study)), _clients(study), class_="figures"),
+        "Merging weights": _weights(study),
+        "Costs": join(_table(spent, study), _legend(spent)),
+        "How it was measured": element("ul", *(element("li", words) for words in protocol(study)), class_="protocol"),
+        "Versions and hashes": _provenance(study),
+    }
+    return [element("section", element(level, title), body) for title, body in chapters.items() if body]
+
+
+def _unbroken(sentence: str) -> str:
+    """A number and its ± stay on one line."""
+    return sentence.replace(" ± ", "\u00a0±\u00a0")
+
+
+# Parts
+
+
+def _figure(figure: Figure) -> Markup:
+    caption = element("figcaption", figure.caption)
+    return element("figure", element("p", figure.title, class_="title"), figure.svg, caption)
+
+
+def _figures(*found: Figure | None) -> Markup:
+    """Figures side by side where there is room."""
+    drawn = [_figure(figure) for figure in found if figure is not None]
+    return element("div", *drawn, class_="figures")
+
+
+def _table(table: Table, study: Study | None = None) -> Markup:
+    """A table that scrolls in its own box; with a study, rows of methods carry their colours."""
+    kinds = ["text" if column.unit == "text" else "number" for column in table.columns]
+    head = [
+        element("th", column.title, scope="col", class_=kind, title=column.meaning or None)
+        for column, kind in zip(table.columns, kinds, strict=True)
+    ]
+    rows = [
+        element(
+            "tr",
+            element("th", _swatch(row[0], study), element("bdi", row[0]), scope="row"),
+            *(element("td", *_cell(text), class_=kind) for text, kind in zip(row[1:], kinds[1:], strict=True)),
+            class_="reference" if study and row[0] == study.reference else None,
+        )
+        for row in table.texts()
+    ]
+    body = element("table", element("thead", element("tr", *head)), element("tbody", *rows))
+    box = element("div", body, class_="scroll", role="region", aria_label=table.caption, tabindex=0)
+    return join(box, *(element("p", note, class_="note") for note in table.notes))
+
+
+def _swatch(label: str, study: Study | None) -> Markup | None:
+    if study is None or label not in study.colours:
+        return None
+    return element("span", class_=f"swatch {colour(study.colours[label])}")
+
+
+def _cell(text: str) -> tuple[object, ...]:
+    """A number with its ± set apart."""
+    mean, sign, half = text.partition(" ± ")
+    return (mean, element("span", f" ± {half}", class_="half")) if sign else (text,)
+
+
+def _legend(table: Table) -> Markup:
+    told = [column for column in table.columns if column.meaning]
+    entries = [join(element("dt", column.title), element("dd", column.meaning)) for column in told]
+    return element("details", element("summary", "What the columns mean"), element("dl", *entries))
+
+
+def _copies(table: Table) -> Markup:
+    forms = {"Markdown": table.markdown(), "LaTeX": table.latex(), "CSV": table.csv()}
+    parts = [join(element("p", name, class_="title"), element("pre", text, tabindex=0)) for name, text in forms.items()]
+    return element("details", element("summary", "This table as Markdown, LaTeX or CSV"), *parts, class_="copies")
+
+
+def _weights(study: Study) -> Markup:
+    """Merging weights: the reference's open, those of other methods folded."""
+    table = structure_table(study)
+    if table is None:
+        return Markup("")
+    shown = {label: next(iter(runs.values())) for label, runs in study.runs.items()}
+    merging = {label: run for label, run in shown.items() if run.selected().mixing is not None}
+    first = study.reference if study.reference in merging else next(iter(merging))
+    folded = [
+        element("details", element("summary", f"The weights of {label}"), _figures(*_pictures(run)))
+        for label, run in merging.items()
+        if label != first
+    ]
+    return join(
+        _table(table, study),
+        _legend(table),
+        _figures(*_pictures(merging[first]), decidedness(study)),
+        *folded,
+    )
+
+
+def _pictures(run: RunRecord) -> tuple[Figure | None, ...]:
+    return merging_weights(run), alike(run), weights_over_rounds(run)
+
+
+def _clients(study: Study) -> Markup:
+    """Every client of the reference's first seed, worst first, under every method."""
+    seed, run = next(iter(study.runs[study.reference].items()))
+    scores = {label: client_accuracies(runs[seed].selected()) for label, runs in study.runs.items() if seed in runs}
+    order = sorted(range(len(run.client_names)), key=lambda client: scores[study.reference][client])
+    known = run.groups is not None
+    columns = (
+        Column("Client", "text"),
+        *((Column("Group", "whole"),) if known else ()),
+        Column("Train", "whole", "examples"),
+        Column("Test", "whole", "examples"),
+        *(Column(f"{label} (%)", "percent") for label in scores),
+    )
+    rows = tuple(
+        (
+            run.client_names[client],
+            *((run.groups[client],) if run.groups is not None else ()),
+            run.num_train[client],
+            run.num_test[client],
+            *(float(accuracy[client]) for accuracy in scores.values()),
+        )
+        for client in order[:CLIENT_ROWS]
+    )
+    table = Table(columns, rows, f"Test accuracy of the clients of seed {seed}")
+    shown = f"{len(rows)} of {len(order)}" if len(rows) < len(order) else f"All {len(order)}"
+    about = f"{shown} clients of seed {seed}, at the selected rounds; worst under {study.reference} first."
+    title = element("p", f"Every client of seed {seed}", class_="title")
+    return element("div", title, _table(table), element("p", about, class_="note"), class_="clients")
+
+
+def _provenance(study: Study) -> Markup:
+    columns = (
+        Column("Run", "text"),
+        Column("Seed", "whole"),
+        Column("Status", "text"),
+        Column("Round selected", "whole"),
+        Column("Last round", "whole"),
+        Column("Parameters", "count"),
+        Column("Data (sha256)", "text"),
+    )
+    rows = tuple(
+        (run.label, run.seed, run.status, run.selected().round, run.last().round, run.num_params, run.data_sha256[:16])
+        for run in study.all_runs()
+    )
+    options = {f"{label} ({_first(runs).method})": _plain(_first(runs).options) for label, runs in study.runs.items()}
+    return join(
+        _table(Table(columns, rows, "Runs with their status and data hash"), study),
+        element("p", "Options", class_="title"),
+        _definitions(options),
+        element("p", "Versions", class_="title"),
+        _definitions(_versions(study)),
+    )
+
+
+def _first(runs: Mapping[int, RunRecord]) -> RunRecord:
+    return next(iter(runs.values()))
+
+
+def _plain(values: Mapping[str, object]) -> str:
+    return ", ".join(f"{name} = {json.dumps(value, default=str)}" for name, value in values.items()) or "none"
+
+
+def _definitions(entries: Mapping[str, str]) -> Markup:
+    return element("dl", *(join(element("dt", name), element("dd", text)) for name, text in entries.items()))
+
+
+def _versions(study: Study) -> dict[str, str]:
+    """Versions -> the runs that ran on them."""
+    found: dict[str, list[RunRecord]] = {}
+    for run in study.all_runs():
+        found.setdefault(", ".join(f"{name} {value}" for name, value in run.versions.items()), []).append(run)
+    if len(found) == 1:
+        return {"All runs": next(iter(found))}
+    return {_who(runs): versions for versions, runs in found.items()}
+
+
+def _who(runs: Sequence[RunRecord]) -> str:
+    seeds: dict[str, list[int]] = {}
+    for run in runs:
+        seeds.setdefault(run.label, []).append(run.seed)
+    return listed([f"{label} (seed {ranges(numbers)})" for label, numbers in seeds.items()])

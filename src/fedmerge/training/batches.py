@@ -1,0 +1,98 @@
+"""Which examples a client trains on, in which order and how fast."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedmerge.core.errors import UsageError
+from fedmerge.core.options import check_options, option
+from fedmerge.core.protocol import Batch, Batches
+from fedmerge.core.randomness import generator
+from fedmerge.data.federated import Examples
+
+
+@dataclass(frozen=True)
+class LocalTraining:
+    """What one client does in one round, the same for every method unless a method's own table says otherwise."""
+
+    lr: float = option(0.1, above=0, help="learning rate of local SGD in the first round")
+    batch_size: int = option(32, at_least=1, help="examples per step")
+    epochs: int = option(2, at_least=1, help="passes over the client's training data per round")
+    steps: int | None = option(None, at_least=1, help="steps per round instead of epochs")
+    momentum: float = option(0.0, at_least=0, below=1, help="of local SGD; starts from 0 in every round")
+    weight_decay: float = option(0.0, at_least=0, help="adds weight_decay * params to the gradient")
+    schedule: Literal["constant", "cosine", "step"] = option("constant", help="learning rate over the rounds")
+    decay_every: int = option(50, at_least=1, help="rounds between two drops of the step schedule")
+    decay_factor: float = option(0.5, above=0, at_most=1, help="factor of one drop of the step schedule")
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        if self.steps is not None and self.epochs != LocalTraining.epochs:
+            raise UsageError("LocalTraining.steps: got both steps and epochs; give one of them")
+
+    def passes(self, num_examples: int) -> int:
+        """Training examples one client goes through in a round."""
+        if self.steps is None:
+            return self.epochs * num_examples
+        return sum(len(index) for index in _order(num_examples, self, np.random.default_rng(0)))
+
+
+def rate_of_round(training: LocalTraining, round_number: int, rounds: int) -> float:
+    """Learning rate of a round, counted from 1.
+
+    >>> rate_of_round(LocalTraining(lr=0.4, schedule="step", decay_every=10), 11, 100)
+    0.2
+    """
+    if training.schedule == "cosine":
+        return training.lr * 0.5 * (1 + math.cos(math.pi * (round_number - 1) / rounds))
+    if training.schedule == "step":
+        return float(training.lr * training.decay_factor ** ((round_number - 1) // training.decay_every))
+    return training.lr
+
+
+def _order(num_examples: int, training: LocalTraining, rng: np.random.Generator) -> list[NDArray[np.int64]]:
+    """Indices of each step: epochs of shuffled examples, cut into batches; the last of an epoch may be short."""
+    per_epoch = math.ceil(num_examples / training.batch_size)
+    wanted = training.steps if training.steps is not None else training.epochs * per_epoch
+    steps: list[NDArray[np.int64]] = []
+    while len(steps) < wanted:
+        shuffled = rng.permutation(num_examples)
+        steps += np.split(shuffled, np.arange(training.batch_size, num_examples, training.batch_size))
+    return steps[:wanted]
+
+
+def _batch(examples: Examples, index: torch.Tensor | slice, lr: float) -> Batch:
+    targets = examples.targets[index]
+    weight = torch.full((len(targets),), 1 / len(targets), dtype=examples.inputs.dtype, device=targets.device)
+    rate = torch.tensor(lr, dtype=examples.inputs.dtype, device=targets.device)
+    return Batch(examples.inputs[index], targets, weight, rate)
+
+
+def draw_batches(
+    examples: Examples, training: LocalTraining, *, lr: float, seed: int, round_number: int, client: int
+) -> Batches:
+    """The steps of one client's round; depends on (seed, round, client) alone.
+
+    Args:
+        examples: The client's training examples, n >= 1.
+        training: Batch size and number of epochs or steps.
+        lr: Learning rate of this round.
+        seed: The run's seed.
+        round_number: Counted from 1.
+        client: Its index.
+    """
+    rng = generator(seed, "batches", round_number, client)
+    steps = _order(len(examples.targets), training, rng)
+    return tuple(_batch(examples, torch.from_numpy(index).to(examples.targets.device), lr) for index in steps)
+
+
+def one_pass(examples: Examples, batch_size: int = 512) -> Batches:
+    """All examples once in their own order, without copies; learning rate 0."""
+    starts = range(0, len(examples.targets), batch_size)
+    return tuple(_batch(examples, slice(start, start + batch_size), 0.0) for start in starts)

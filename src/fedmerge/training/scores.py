@@ -1,0 +1,50 @@
+"""Right answers and losses of one model on one client's examples."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fedmerge.core.protocol import Batches
+
+
+@runtime_checkable
+class Predictor(Protocol):
+    """What scoring needs of a task."""
+
+    def predict(self, params: Tensor, inputs: Tensor) -> Tensor:
+        """Outputs [B, K]."""
+        ...
+
+    def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Loss of each example [B]."""
+        ...
+
+
+class Tally(NamedTuple):
+    """Sums over one client's examples.
+
+    Attributes:
+        right: [] number of right answers.
+        loss: [] sum of losses in nats.
+        count: [] number of examples.
+    """
+
+    right: Tensor
+    loss: Tensor
+    count: Tensor
+
+
+def tally(task: Predictor, params: Float[Tensor, " P"], batches: Batches) -> Tally:
+    """Scores `params` on every real example of `batches` (weight > 0); sums in float64."""
+    sums = torch.zeros(3, dtype=torch.float64, device=params.device)
+    for batch in batches:
+        outputs = task.predict(params, batch.inputs)
+        real = (batch.weight > 0).double()
+        right = (outputs.argmax(dim=1) == batch.targets).double()
+        losses = task.losses(outputs, batch.targets).double()
+        sums = sums + torch.stack([(real * right).sum(), (real * losses).sum(), real.sum()])
+    return Tally(sums[0], sums[1], sums[2])

@@ -1,0 +1,198 @@
+"""A network and a loss as functions of a flat vector, in two forms that give the same numbers.
+
+`ModuleTask` reuses one module whose tensors are views of one buffer: the fast form for one client after another.
+`FunctionalTask` is pure and goes through ``torch.func.vmap``: the form for many clients at once.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.func import functional_call, grad
+from torch.nn import functional
+
+from fedmerge.core.protocol import Batch, Batches, Slope
+from fedmerge.core.vector import Layout
+from fedmerge.training.sgd import Descent
+
+Criterion = Callable[[Tensor, Tensor], Tensor]
+"""(outputs [B, K], targets [B]) -> loss of each example [B]."""
+
+
+def cross_entropy(outputs: Float[Tensor, "B K"], targets: Tensor) -> Float[Tensor, " B"]:
+    """Cross-entropy of each example in nats."""
+    return functional.cross_entropy(outputs, targets, reduction="none")
+
+
+def is_batch_coupled(module: nn.Module) -> bool:
+    """Whether an example's output depends on its batch (BatchNorm in training): such batches cannot be padded."""
+    return any(isinstance(part, nn.modules.batchnorm._NormBase) for part in module.modules())  # noqa: SLF001
+
+
+def has_dropout(module: nn.Module) -> bool:
+    """Whether the forward pass draws random numbers, as far as torch's own layers tell."""
+    return any(isinstance(part, nn.modules.dropout._DropoutNd) and part.p > 0 for part in module.modules())  # noqa: SLF001
+
+
+def measuring_twin(module: nn.Module) -> nn.Module:
+    """A copy whose BatchNorm layers keep the statistics of the last batch instead of a running mean."""
+    twin = copy.deepcopy(module)
+    for part in twin.modules():
+        if isinstance(part, nn.modules.batchnorm._NormBase):  # noqa: SLF001
+            part.momentum = 1.0
+    return twin
+
+
+def _weighted(criterion: Criterion, outputs: Tensor, batch: Batch) -> Tensor:
+    return (criterion(outputs, batch.targets) * batch.weight).sum()
+
+
+class ModuleTask:
+    """One reused module on flat buffers: no tensor is copied beyond the vector itself.
+
+    Args:
+        module: Copied; the caller's stays as it is.
+        layout: Of the module. Tensors of another dtype than the vector's are cast at every step.
+        descent: The local optimiser.
+        criterion: Loss per example.
+    """
+
+    def __init__(
+        self, module: nn.Module, layout: Layout, descent: Descent, *, criterion: Criterion = cross_entropy
+    ) -> None:
+        self.layout, self._descent, self._criterion = layout, descent, criterion
+        self._module = copy.deepcopy(module)
+        self._flat = layout.read(self._module)
+        self._slope = torch.zeros_like(self._flat[: layout.num_trainable])
+        self._slopes = layout.views(self._slope)
+        wanted = {slot.name for slot in layout.slots}
+        tensors = [*self._module.named_parameters(), *self._module.named_buffers()]
+        self._own = {name: tensor for name, tensor in tensors if name in wanted}
+        if layout.has_uniform_dtype:
+            for name, view in layout.views(self._flat).items():
+                self._own[name].data = view
+
+    def _load(self, params: Tensor, *, training: bool) -> None:
+        if self.layout.has_uniform_dtype:
+            self._flat.copy_(params)
+        else:
+            self.layout.write(params, self._module)
+        if self._module.training != training:
+            self._module.train(training)
+
+    def _zero_slope(self) -> None:
+        self._slope.zero_()
+        uniform = self.layout.has_uniform_dtype
+        for name, slope in self._slopes.items():
+            self._own[name].grad = slope if uniform else None
+
+    def _read_slope(self) -> Tensor:
+        if self.layout.has_uniform_dtype:
+            return self._slope.clone()
+        slopes = {name: self._own[name].grad for name in self._slopes}
+        return self.layout.flatten(
+            {name: torch.zeros_like(self._own[name]) if slope is None else slope for name, slope in slopes.items()}
+        )
+
+    def _read_buffers(self) -> Tensor:
+        if self.layout.has_uniform_dtype:
+            return self._flat[self.layout.num_trainable :].clone()
+        return self.layout.flatten({slot.name: self._own[slot.name] for slot in self.layout.slots if slot.role == "buffer"})
+
+    def gradient(self, params: Float[Tensor, " P"], batch: Batch) -> Slope:
+        """Loss, gradient [T] and new buffers [P − T] in training mode."""
+        self._load(params, training=True)
+        self._zero_slope()
+        loss = _weighted(self._criterion, self._module(batch.inputs), batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return Slope(loss.detach(), self._read_slope(), self._read_buffers())
+
+    @torch.no_grad()
+    def predict(self, params: Float[Tensor, " P"], inputs: Tensor) -> Tensor:
+        """Outputs in evaluation mode, [B, K]."""
+        self._load(params, training=False)
+        outputs: Tensor = self._module(inputs)
+        return outputs
+
+    def loss(self, params: Float[Tensor, " P"], batch: Batch) -> Tensor:
+        """Mean loss of a batch in evaluation mode."""
+        return _weighted(self._criterion, self.predict(params, batch.inputs), batch)
+
+    def losses(self, outputs: Float[Tensor, "B K"], targets: Tensor) -> Float[Tensor, " B"]:
+        """Loss of each example."""
+        return self._criterion(outputs, targets)
+
+    def train(
+        self, params: Float[Tensor, " P"], batches: Batches, *, pull: float = 0.0, towards: Tensor | None = None
+    ) -> Float[Tensor, " P"]:
+        """Local SGD over `batches`."""
+        return self._descent(params, batches, self.gradient, pull=pull, towards=towards)
+
+
+class FunctionalTask:
+    """The same numbers as `ModuleTask` without any state, for ``torch.func.vmap``.
+
+    Args:
+        module: Copied; supplies the forward pass and the frozen parameters.
+        layout: Of the module.
+        descent: The local optimiser.
+        criterion: Loss per example.
+    """
+
+    def __init__(
+        self, module: nn.Module, layout: Layout, descent: Descent, *, criterion: Criterion = cross_entropy
+    ) -> None:
+        self.layout, self._descent, self._criterion = layout, descent, criterion
+        self._training = copy.deepcopy(module).train()
+        self._evaluating = copy.deepcopy(module).eval()
+
+    def _split(self, params: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Trainable tensors, and buffers as copies that the forward pass may write to."""
+        everything = self.layout.views(params)
+        buffers = {slot.name for slot in self.layout.slots if slot.role == "buffer"}
+        trainable = {name: tensor for name, tensor in everything.items() if name not in buffers}
+        return trainable, {name: everything[name].clone() for name in everything if name in buffers}
+
+    def gradient(self, params: Float[Tensor, " P"], batch: Batch) -> Slope:
+        """Loss, gradient [T] and new buffers [P − T] in training mode."""
+        trainable, buffers = self._split(params)
+
+        def loss_of(tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+            outputs = functional_call(self._training, {**tensors, **buffers}, (batch.inputs,))
+            loss = _weighted(self._criterion, outputs, batch)
+            return loss, loss.detach()
+
+        slopes, loss = grad(loss_of, has_aux=True)(trainable)
+        return Slope(loss, self.layout.flatten(slopes), self.layout.flatten(buffers) if buffers else params[:0])
+
+    def predict(self, params: Float[Tensor, " P"], inputs: Tensor) -> Tensor:
+        """Outputs in evaluation mode, [B, K]."""
+        outputs: Tensor = functional_call(self._evaluating, self.layout.views(params), (inputs,))
+        return outputs.detach()
+
+    def loss(self, params: Float[Tensor, " P"], batch: Batch) -> Tensor:
+        """Mean loss of a batch in evaluation mode."""
+        return _weighted(self._criterion, self.predict(params, batch.inputs), batch)
+
+    def losses(self, outputs: Float[Tensor, "B K"], targets: Tensor) -> Float[Tensor, " B"]:
+        """Loss of each example."""
+        return self._criterion(outputs, targets)
+
+    def train(
+        self, params: Float[Tensor, " P"], batches: Batches, *, pull: float = 0.0, towards: Tensor | None = None
+    ) -> Float[Tensor, " P"]:
+        """Local SGD over `batches`."""
+        return self._descent(params, batches, self.gradient, pull=pull, towards=towards)
+
+
+def measured_buffers(
+    gradient: Callable[[Tensor, Batch], Slope], params: Float[Tensor, " P"], batches: Batches
+) -> Float[Tensor, " B"]:
+    """Mean of the batches' own statistics under `params`; `gradient` is that of a task on a `measuring_twin`."""
+    counts = torch.stack([(batch.weight > 0).sum() for batch in batches]).to(params.dtype)
+    measured = torch.stack([gradient(params, batch).buffers for batch in batches])
+    return (counts / counts.sum()) @ measured
