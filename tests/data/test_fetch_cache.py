@@ -122,7 +122,7 @@ def test_two_builders_of_one_pool_build_it_once():
 def test_a_folder_that_cannot_be_written_to_is_named(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("not a folder")
     monkeypatch.setenv("FEDMERGE_CACHE", str(tmp_path / "file"))
-    with pytest.raises(FedmergeError, match="cannot write to the cache folder .*file/pools: .*FEDMERGE_CACHE"):
+    with pytest.raises(FedmergeError, match=r"cannot write to the cache folder .*file/pools: .*FEDMERGE_CACHE"):
         cached_pool("tiny", ("key",), lambda: FULL)
 
 

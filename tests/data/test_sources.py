@@ -159,8 +159,8 @@ def test_another_file_than_idx_is_refused(content):
 
 
 def test_halving_takes_the_mean_of_four_pixels():
-    image = np.array([[[[0, 1, 255, 255], [1, 1, 255, 255]]]], dtype=np.uint8)
-    assert halve(image).tolist() == [[[[1, 255]]]]  # (0 + 1 + 1 + 1) / 4 = 0.75
+    image = np.array([[[[0, 0, 255, 255], [1, 1, 255, 252]]]], dtype=np.uint8)
+    assert halve(image).tolist() == [[[[1, 254]]]]  # 2 / 4 = 0.5, 1017 / 4 = 254.25
 
 
 @pytest.mark.parametrize("size", [28, 14])

@@ -14,7 +14,8 @@ from fedmerge.data.fetch import quiet
 from fedmerge.data.sources.emoji_domains import EmojiDomains, read_drawings
 from fedmerge.data.sources.glyphs import Glyphs, draw_font, family
 
-pytest.importorskip("fontTools")
+FontBuilder = pytest.importorskip("fontTools.fontBuilder").FontBuilder
+TTGlyphPen = pytest.importorskip("fontTools.pens.ttGlyphPen").TTGlyphPen
 pytest.importorskip("PIL")
 pytest.importorskip("resvg_py")
 
@@ -23,8 +24,6 @@ pytest.importorskip("resvg_py")
 
 def make_font(name: str, boxes: dict[str, tuple[int, int]]) -> bytes:
     """A font in which each character is a filled box of this width and height, in thousandths; (0, 0) has no ink."""
-    from fontTools.fontBuilder import FontBuilder
-    from fontTools.pens.ttGlyphPen import TTGlyphPen
 
     def outline(width: int, height: int):
         pen = TTGlyphPen(None)
@@ -40,7 +39,7 @@ def make_font(name: str, boxes: dict[str, tuple[int, int]]) -> bytes:
     builder.setupGlyphOrder(order)
     builder.setupCharacterMap({ord(c): f"u{ord(c)}" for c in boxes})
     builder.setupGlyf({".notdef": outline(500, 500), **{f"u{ord(c)}": outline(*box) for c, box in boxes.items()}})
-    builder.setupHorizontalMetrics({glyph: (1000, 0) for glyph in order})
+    builder.setupHorizontalMetrics(dict.fromkeys(order, (1000, 0)))
     builder.setupHorizontalHeader(ascent=1000, descent=0)
     builder.setupNameTable({"familyName": name, "styleName": "Regular"})
     builder.setupOS2()

@@ -157,7 +157,7 @@ def test_columns_are_never_guessed_by_name(tmp_path):
 def test_two_columns_of_labels_must_be_chosen_between(tmp_path):
     path = saved(tmp_path, pets(coarse=[0, 0, 1]), {**PETS, "coarse": datasets.ClassLabel(names=["a", "b"])})
     with pytest.raises(
-        UsageError, match="cannot tell the label_column: 2 columns.*label: ClassLabel.*coarse: ClassLab"
+        UsageError, match=r"cannot tell the label_column: 2 columns.*label: ClassLabel.*coarse: ClassLab"
     ):
         HuggingFace(path=path).load()
     assert HuggingFace(path=path, label_column="coarse").load().targets.tolist() == [0, 0, 1]
@@ -166,7 +166,7 @@ def test_two_columns_of_labels_must_be_chosen_between(tmp_path):
 @pytest.mark.parametrize("option_name", ["input_column", "label_column", "user_column", "domain_column"])
 def test_an_unknown_column_is_refused(tmp_path, option_name):
     path = saved(tmp_path, pets(), PETS)
-    with pytest.raises(UsageError, match="unknown column 'lable'; did you mean 'label'.*Known: image, label"):
+    with pytest.raises(UsageError, match=r"unknown column 'lable'; did you mean 'label'.*Known: image, label"):
         HuggingFace(path=path, **{option_name: "lable"}).load()
 
 
@@ -191,7 +191,7 @@ def test_unlabelled_items_are_counted_and_refused(two_splits):
 def test_splits_are_chosen_by_name(two_splits):
     pool = HuggingFace(path=two_splits, input_column="x", splits=("train",)).load()
     assert pool.inputs.tolist() == [[0.0], [1.0]]
-    with pytest.raises(UsageError, match="unknown split of .* 'tset'; did you mean 'test'"):
+    with pytest.raises(UsageError, match=r"unknown split of .* 'tset'; did you mean 'test'"):
         HuggingFace(path=two_splits, input_column="x", splits=("train", "tset")).load()
 
 
@@ -264,7 +264,7 @@ def test_another_kind_of_file_is_refused(tmp_path):
 
 def test_a_damaged_file_is_named(tmp_path):
     (tmp_path / "x.parquet").write_bytes(b"PAR1 no more")
-    with pytest.raises(FedmergeError, match="cannot load '.*x.parquet'"):
+    with pytest.raises(FedmergeError, match=r"cannot load '.*x.parquet'"):
         HuggingFace(path=str(tmp_path / "x.parquet")).load()
 
 

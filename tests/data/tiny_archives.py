@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import io
 import lzma
@@ -34,8 +35,6 @@ def _tar(members: dict[str, bytes], prefix: str) -> bytes:
 
 
 def write_tgz(path: Path, members: dict[str, bytes]) -> Path:
-    import gzip
-
     path.write_bytes(gzip.compress(_tar(members, "")))
     return path
 
@@ -48,7 +47,8 @@ def _ar_member(name: str, content: bytes) -> bytes:
 def write_deb(path: Path, members: dict[str, bytes]) -> Path:
     control = lzma.compress(_tar({"control": b"Package: tiny\nVersion: 1\nArchitecture: all\n"}, "./"))
     data = lzma.compress(_tar(members, "./"))
-    parts = {"debian-binary": b"2.0\n", "control.tar.xz": control, "data.tar.xz": data}
+    # dpkg passes over members whose names begin with an underscore; this one's odd length asks for a byte of padding
+    parts = {"debian-binary": b"2.0\n", "_odd": b"odd", "control.tar.xz": control, "data.tar.xz": data}
     path.write_bytes(b"!<arch>\n" + b"".join(_ar_member(name, content) for name, content in parts.items()))
     return path
 

@@ -65,6 +65,21 @@ def type_text(annotation: Any) -> str:
     )
 
 
+def accepted_text(field: dataclasses.Field[Any], annotation: Any) -> str:
+    """What a field accepts: its type and range, for messages and help.
+
+    >>> @dataclasses.dataclass(frozen=True)
+    ... class Example:
+    ...     steps: int | None = option(None, at_least=1)
+    >>> accepted_text(*option_fields(Example)["steps"])
+    'a whole number >= 1 or none'
+    """
+    parts = typing.get_args(annotation) if typing.get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+    kinds = " or ".join(type_text(part) for part in parts if part is not type(None))
+    bounds = range_text(field.metadata.get("bounds", {}))
+    return kinds + (f" {bounds}" if bounds else "") + (" or none" if type(None) in parts else "")
+
+
 class _Fault(Exception):
     """A value does not fit; the message says what was expected."""
 
@@ -120,7 +135,7 @@ def _numbers(value: Any) -> list[float]:
 
 def _field_fault(field: dataclasses.Field[Any], annotation: Any, value: Any) -> tuple[Any, str | None]:
     bounds = field.metadata.get("bounds", {})
-    expected = type_text(annotation) + (f" {range_text(bounds)}" if bounds else "")
+    expected = accepted_text(field, annotation)
     try:
         converted = _convert(annotation, value)
     except _Fault:
@@ -176,7 +191,7 @@ def build_options(cls: type[T], table: Mapping[str, Any], where: str, faults: li
     for name, (field, annotation) in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and name not in values:
-            faults.append(f"{where}.{name}: missing; expected {type_text(annotation)}")
+            faults.append(f"{where}.{name}: missing; expected {accepted_text(field, annotation)}")
     if len(faults) > before:
         return None
     try:

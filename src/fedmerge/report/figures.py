@@ -148,7 +148,12 @@ def forest(study: Study) -> Figure | None:
         bottom + 48,
         f"Paired differences to {study.reference} in percentage points: {spoken}",
         x_axis(
-            x, 24, bottom, f"Difference to {study.reference} (points)", lambda t: points(t).replace(".0", ""), count=4
+            x,
+            24,
+            bottom,
+            f"Difference to {shorten(study.reference, 32)} (points)",
+            lambda t: points(t).replace(".0", ""),
+            count=4,
         ),
         line(x(0), 24, x(0), bottom, "zero"),
         text(x(0), 14, shorten(study.reference, LABEL_LENGTH), anchor="middle", class_="name"),

@@ -28,7 +28,7 @@ from fedmerge.report.svg import (
     x_axis,
     y_axis,
 )
-from fedmerge.report.text import percent, percent_tick, plural, ranges, size
+from fedmerge.report.text import percent, percent_tick, ranges, size
 
 LABEL_LENGTH = 16
 LABEL_GAP = 17.0
@@ -119,8 +119,8 @@ def _band_words(found: Sequence[Curve]) -> str:
         parts.append(f"Bands: 95 % t interval over {ranges(many)} seeds.")
     if 2 in counts:
         parts.append("Bands: both of 2 seeds." if not many else "With 2 seeds: both of them.")
-    if 1 in counts:
-        parts.append(f"{plural(1, 'seed')}: no band.")
+    if 1 in counts and len(counts) > 1:
+        parts.append("A single seed has no band.")
     return " ".join(parts)
 
 

@@ -55,5 +55,12 @@ def _attribute(value: object) -> str:
 
 
 def shorten(text: str, length: int) -> str:
-    """At most `length` characters, the last an ellipsis if something is missing."""
-    return text if len(text) <= length else text[: length - 1] + "…"
+    """At most `length` characters; an ellipsis stands for a missing middle, because like names differ at their ends.
+
+    >>> shorten("fedmerge official, d = 10", 16)
+    'fedmerg…, d = 10'
+    """
+    if len(text) <= length:
+        return text
+    tail = length // 2
+    return f"{text[: length - 1 - tail]}…{text[len(text) - tail :]}"

@@ -105,7 +105,7 @@ def _chapters(study: Study, level: str) -> list[Markup]:
     main, spent = study_table(study), cost_table(study)
     chapters = {
         "The numbers": join(_table(main, study), _legend(main), _copies(main)),
-        "Differences and spread": _figures(forest(study), distribution(study)),
+        "How far apart": _figures(forest(study), distribution(study)),
         "Over the rounds": _figures(accuracy_by_round(study), accuracy_by_bytes(study)),
         "Client by client": element("div", _figure(worst_clients(study)), _clients(study), class_="figures"),
         "Merging weights": _weights(study),
@@ -118,7 +118,7 @@ def _chapters(study: Study, level: str) -> list[Markup]:
 
 def _unbroken(sentence: str) -> str:
     """A number and its ± stay on one line."""
-    return sentence.replace(" ± ", "\u00a0±\u00a0")
+    return sentence.replace(" ± ", "\u00a0±\u00a0").replace("includes 0", "includes\u00a00")
 
 
 # Parts
@@ -145,7 +145,7 @@ def _table(table: Table, study: Study | None = None) -> Markup:
     rows = [
         element(
             "tr",
-            element("th", _swatch(row[0], study), element("bdi", row[0]), scope="row"),
+            element("th", _swatch(row[0], study), element("bdi", row[0]), scope="row", title=row[0]),
             *(element("td", *_cell(text), class_=kind) for text, kind in zip(row[1:], kinds[1:], strict=True)),
             class_="reference" if study and row[0] == study.reference else None,
         )

@@ -153,7 +153,7 @@ def legend(entries: Sequence[tuple[str, int]], y: float) -> tuple[Markup, float]
     parts, x, row = [], 6.0, 0
     for label, index in entries:
         shown = shorten(label, 28)
-        width = 26 + CHARACTER * len(shown)
+        width = 30 + CHARACTER * len(shown)
         if x > 6 and x + width > WIDTH:
             x, row = 6.0, row + 1
         parts.append(join(marker(x, y + 20 * row - 4.5, index, 4, label), text(x + 10, y + 20 * row, shown)))

@@ -17,6 +17,8 @@ from fedmerge.report.study import Study, accuracies, client_accuracies, differen
 from fedmerge.report.table import Cell, Column, Table
 from fedmerge.report.text import ranges
 
+Row = Mapping[str, Any]  # title -> cell
+
 
 def runs_frame(runs: Sequence[RunRecord]) -> pd.DataFrame:
     """One row per run: summaries at the selected round, at the last round (``last_``) and fine-tuned, and costs.
@@ -128,8 +130,8 @@ def comparison_table(runs: Sequence[RunRecord], *, reference: str | None = None)
 _SUMMARY_COLUMNS = {
     "mean": Column("Mean (%)", "percent", "test accuracy, mean over clients, at the round chosen on validation"),
     "weighted": Column("Weighted (%)", "percent", "each client counting with its test items"),
-    "worst_tenth": Column("Worst 10 % (%)", "percent", "mean of the worst tenth of the clients"),
-    "bottom_decile": Column("Decile (%)", "percent", "a tenth of the clients is below this"),
+    "worst_tenth": Column("Worst tenth (%)", "percent", "mean of the worst tenth of the clients"),
+    "bottom_decile": Column("10th percentile (%)", "percent", "a tenth of the clients is below this"),
     "deviation": Column("Spread (points)", "percent", "standard deviation over clients"),
     "below_local": Column("Below Local (%)", "percent", "share of clients worse than training alone"),
     "last_mean": Column("Last round (%)", "percent", "mean over clients at the last round instead"),
@@ -143,14 +145,18 @@ def study_table(study: Study) -> Table:
     gaps = {difference.label: difference for difference in differences(study)}
     rows = [_method_row(study, label, frame[frame["label"] == label], gaps.get(label)) for label in study.labels]
     rows.sort(key=lambda row: -row["Mean (%)"].mean)
-    columns = [column for column in _main_columns(study) if any(_says(row[column.title]) for row in rows)]
-    cells = tuple(tuple(row[column.title] for column in columns) for row in rows)
-    return Table(tuple(columns), cells, f"Test accuracy over clients: {study.setting}", _notes(study))
+    return _filled(_main_columns(study), rows, f"Test accuracy over clients: {study.setting}", _notes(study))
+
+
+def _filled(columns: Sequence[Column], rows: Sequence[Row], caption: str, notes: tuple[str, ...] = ()) -> Table:
+    """A table of the columns that say something in any row."""
+    kept = [column for column in columns if any(_says(row[column.title]) for row in rows)]
+    return Table(tuple(kept), tuple(tuple(row[column.title] for column in kept) for row in rows), caption, notes)
 
 
 def _notes(study: Study) -> tuple[str, ...]:
     """What the numbers alone do not say."""
-    notes = ["± is the half width of a 95 % t interval over seeds."]
+    notes = ["± is the half width of a 95 % t interval over seeds."] if len(study.seeds) > 1 else []
     found = differences(study)
     if any(difference.interval.over == "clients" for difference in found):
         notes.append("† over clients, one seed: says nothing about other splits.")
@@ -178,7 +184,7 @@ def _main_columns(study: Study) -> tuple[Column, ...]:
     )
 
 
-def _method_row(study: Study, label: str, frame: pd.DataFrame, gap: Difference | None) -> Mapping[str, Any]:
+def _method_row(study: Study, label: str, frame: pd.DataFrame, gap: Difference | None) -> Row:
     return {
         "Method": label,
         "Seeds": len(frame),
@@ -215,19 +221,20 @@ def cost_table(study: Study) -> Table:
 
 def structure_table(study: Study) -> Table | None:
     """Models, entropy of merging weights and recovery of the true groups; None if no method has merging weights."""
-    columns = {
-        "models": Column("Models", "count", "d at the selected round"),
-        "entropy": Column("Entropy", "share", "of a client's merging weights: 0 one model, 1 all alike"),
-        "recovery": Column(
-            "Groups found",
-            "share",
-            "adjusted Rand index of the heaviest model against the true groups: 1 all, 0 chance",
-        ),
-    }
-    rows: list[tuple[Cell, ...]] = []
+    rows: list[Row] = []
     for label, runs in study.runs.items():
         frame = pd.DataFrame([_structure(run, run.selected()) for run in runs.values()])
         if frame["models"].notna().any():
-            rows.append((label, *(mean_interval(frame[name].to_numpy()) for name in columns)))
-    head = (Column("Method", "text"), *columns.values())
-    return Table(head, tuple(rows), f"Merging weights: {study.setting}") if rows else None
+            cells = {column.title: mean_interval(frame[name].to_numpy()) for name, column in _STRUCTURE_COLUMNS.items()}
+            rows.append({"Method": label, **cells})
+    columns = (Column("Method", "text"), *_STRUCTURE_COLUMNS.values())
+    return _filled(columns, rows, f"Merging weights: {study.setting}") if rows else None
+
+
+_STRUCTURE_COLUMNS = {
+    "models": Column("Models", "count", "d at the selected round"),
+    "entropy": Column("Entropy", "share", "of a client's merging weights: 0 one model, 1 all alike"),
+    "recovery": Column(
+        "Groups found", "share", "adjusted Rand index of the heaviest model against the true groups: 1 all, 0 chance"
+    ),
+}

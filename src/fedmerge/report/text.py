@@ -48,9 +48,11 @@ def size(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds, minutes or hours."""
+    """Milliseconds, seconds, minutes or hours."""
+    if seconds < 0.995:
+        return f"{1000 * seconds:.0f} ms" if seconds else "0 s"
     if seconds < 99.5:
-        return f"{seconds:.2g} s" if seconds < 9.95 else f"{seconds:.0f} s"
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 99.5 * 60 else f"{seconds / 3600:.1f} h"
 
 

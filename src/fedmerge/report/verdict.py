@@ -9,12 +9,13 @@ import numpy as np
 
 from fedmerge.experiment.record import RunRecord
 from fedmerge.report.costs import costs
-from fedmerge.report.statistics import Difference, mean_interval, share_below
+from fedmerge.report.statistics import Difference, Interval, mean_interval, share_below
 from fedmerge.report.study import Study, client_accuracies, differences
 from fedmerge.report.text import interval, listed, percent, plural, ranges
 
 SIGNIFICANT = 0.05
 ADVISED_SEEDS = 5
+NAMED = 5  # rivals of one kind that the headline names
 
 
 def headline(study: Study) -> str:
@@ -28,7 +29,7 @@ def headline(study: Study) -> str:
     clauses: dict[str, list[str]] = {kind: [] for kind in _VERBS}
     for row in sorted(found, key=lambda row: abs(np.nan_to_num(row.interval.mean))):
         clauses[_kind(row)].append(_item(_kind(row), row))
-    said = [f"{_VERBS[kind]} {listed(items)}" for kind, items in clauses.items() if items]
+    said = [f"{_VERBS[kind]} {_few(items)}{_DOUBTS.get(kind, '')}" for kind, items in clauses.items() if items]
     return f"{study.reference} {'; it '.join(said)}."
 
 
@@ -42,7 +43,13 @@ _VERBS = {
     "one seed ahead": "is, on one seed, ahead of",
     "one seed level": "cannot, on one seed, be told apart from",
     "one seed behind": "is, on one seed, behind",
-    "unknown": "shares no clients that would allow a comparison with",
+    "unknown": "cannot be compared with",
+}
+
+_DOUBTS = {
+    "leads": ", which Holm's correction for many methods does not confirm",
+    "trails": ", which Holm's correction for many methods does not confirm",
+    "unknown": ", having too little in common",
 }
 
 
@@ -67,11 +74,21 @@ def _kind(row: Difference) -> str:
 def _item(kind: str, row: Difference) -> str:
     if kind in ("unknown", "same"):
         return row.label
-    gap = f"{percent(abs(row.interval.mean))} ± {percent(row.interval.half_width)}"
+    gap = _gap(row.interval)
     if kind in ("level", "one seed level"):
-        return f"{row.label} ({gap} apart, the interval includes 0)"
-    doubt = f" (not after Holm's correction, p = {row.p_value:.2f})" if kind in ("leads", "trails") else ""
-    return f"{row.label} by {gap}{doubt}"
+        return f"{row.label} ({gap} apart, an interval that includes 0)"
+    return f"{row.label} by {gap}"
+
+
+def _few(items: Sequence[str]) -> str:
+    """The closest rivals by name, the rest as a number."""
+    return listed(items if len(items) <= NAMED else [*items[: NAMED - 1], f"{len(items) - NAMED + 1} others"])
+
+
+def _gap(found: Interval) -> str:
+    """The size of a difference in points; two decimals below one point, so that 0.3 ± 0.3 is not a riddle."""
+    decimals = 1 if abs(found.mean) >= 0.01 else 2
+    return f"{100 * abs(found.mean):.{decimals}f} ± {100 * found.half_width:.{decimals}f}"
 
 
 def _level(study: Study, label: str) -> str:
@@ -82,8 +99,8 @@ def _level(study: Study, label: str) -> str:
 def remarks(study: Study) -> tuple[str, ...]:
     """What belongs beside the headline: the level, the evidence it rests on, and every reason for doubt."""
     found = [
-        f"{study.reference} gets {_level(study, study.reference)} % of test items right, mean over clients. Differences are "
-        "in percentage points of that mean.",
+        f"{study.reference} gets {_level(study, study.reference)} % of test items right, mean over clients."
+        + (" Differences are in percentage points of that mean." if len(study.labels) > 1 else ""),
         _evidence(study),
         _below_local(study),
         *_unfinished(study),
@@ -93,10 +110,12 @@ def remarks(study: Study) -> tuple[str, ...]:
 
 def _evidence(study: Study) -> str:
     count = len(study.runs[study.reference])
+    if count == 1 and len(study.labels) == 1:
+        return "One seed only: nothing is known about other splits of the data."
     if count == 1:
         return "One seed only: intervals are over its clients and say nothing about other splits of the data."
     few = f" {count} seeds are few; {ADVISED_SEEDS} or more are advised." if count < ADVISED_SEEDS else ""
-    return f"± is a 95 % t interval over {count} seeds, paired seed by seed.{few}"
+    return f"± is a 95 % t interval over {count} seeds; methods are paired seed by seed.{few}"
 
 
 def _below_local(study: Study) -> str:
@@ -127,7 +146,7 @@ def protocol(study: Study) -> tuple[str, ...]:
     evaluated = _span(runs, lambda run: [len(run.evaluated())])
     return (
         f"Seeds {ranges(study.seeds)}; a seed decides data split, initial model, cohorts and batches together.",
-        f"{clients} clients, {cohort or 'none'} of them in a round; {rounds} rounds, {evaluated} evaluations.",
+        f"{clients} clients, {cohort or 'none'} of them in a round; rounds: {rounds}; evaluations: {evaluated}.",
         _selection(runs),
         _cohorts(study),
         _budget(study),

@@ -25,8 +25,8 @@ _DRAWS = 1000
 class Dirichlet:
     """Unequal clients, each with few classes: each class is spread over clients by Dirichlet(alpha).
 
-    A client that has its mean share of all items gets none of the classes that follow, as in the code that the field
-    shares. Draws are repeated until every client has `min_examples` items and something on each side.
+    A client that has more than the mean number of items gets none of the classes that follow, as in the code that
+    the field shares. Draws are repeated until every client has `min_examples` items and something on each side.
     """
 
     clients: int = option(50, at_least=1, help="number of clients")
@@ -57,7 +57,7 @@ class Dirichlet:
 
     def _spread(self, used: Ints, rng: np.random.Generator) -> Ints:
         """[3, K, N] items of each side, class and client that keep the floors."""
-        wanted = used.sum(axis=1) > 0
+        wanted = np.array([self.train, self.validation, self.test]) > 0
         fairest = 0
         for _ in range(_DRAWS):
             counts = spread_classes(used, self.clients, self.alpha, rng)
@@ -84,15 +84,18 @@ def spread_classes(used: Ints, num_clients: int, alpha: float, rng: np.random.Ge
     counts = np.zeros((*used.shape, num_clients), dtype=np.int64)
     mean = used.sum() / num_clients
     for k in range(used.shape[1]):
-        below = counts.sum(axis=(0, 1)) < mean
+        below = counts.sum(axis=(0, 1)) <= mean  # never empty: not everybody is above the mean
         shares = rng.dirichlet(np.full(num_clients, alpha)) * below
         counts[:, k] = _cut(used[:, k], shares if shares.sum() > 0 else below)
     return counts
 
 
 def _cut(sizes: Ints, shares: NDArray[Any]) -> Ints:
-    """[3, N] whole items: each side's row is cut at the cumulated shares."""
-    ends = np.floor(sizes[:, None] * np.cumsum(shares) / shares.sum() + 1e-9).astype(np.int64)
-    ends[:, -1] = sizes
+    """[3, N] whole items: each side's row is cut at the cumulated shares, rounded to the nearest.
+
+    Cutting off decimals instead would give the last client one item of nearly every class.
+    """
+    cumulated = np.cumsum(shares)
+    ends = np.rint(sizes[:, None] * (cumulated / cumulated[-1])).astype(np.int64)
     counts: Ints = np.diff(ends, axis=1, prepend=0)
     return counts
