@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
@@ -315,12 +316,20 @@ def _progress(quiet: bool, rounds: int, runs: int) -> Iterator[Callable[[str, in
         yield report
 
 
+_TERMINAL_COLUMNS = ("Method", "Setting", "Mean", "To ", "p ", "Worst tenth", "Fine-tuned", "Last round")
+
+
 def _print_table(table: Table) -> None:
-    grid = Grid(title=escape(table.caption) if table.caption else None, title_justify="left")
-    for column in table.columns:
-        grid.add_column(escape(column.title), justify="left" if column is table.columns[0] else "right")
+    """The columns that fit a terminal; the report has them all."""
+    shown = [i for i, column in enumerate(table.columns) if column.title.startswith(_TERMINAL_COLUMNS)]
+    grid = Grid(box=SIMPLE_HEAD, padding=(0, 1))
+    for i in shown:
+        title, _, unit = table.columns[i].title.partition(" (")
+        heading = escape(title) + (f"\n({escape(unit)}" if unit else "")
+        grid.add_column(heading, justify="right" if i else "left", no_wrap=i == 0)
     for row in table.texts():
-        grid.add_row(*(escape(text) for text in row))
+        grid.add_row(*(escape(row[i]) for i in shown))
+    out.print(f"[bold]{escape(table.caption)}[/]")
     out.print(grid)
     for note in table.notes:
         out.print(f"  {escape(note)}", style="dim")

@@ -10,9 +10,9 @@ from torch import nn
 from fedmerge.algorithms import ALGORITHMS
 from fedmerge.core.protocol import Algorithm, Federation, deliver, state_tensors, take, tree_bytes, with_tensors
 from fedmerge.core.vector import layout_of
+from fedmerge.data.federated import Examples
 from fedmerge.runtime import Fleet, Sequential, Vectorised, personal_models, run_round, score
 from fedmerge.training import Descent, LocalTraining, draw_batches, one_pass
-from fedmerge.data.federated import Examples
 
 N = 9
 SIZES = [6, 7, 9, 6, 12, 8, 6, 10, 7]  # unequal on purpose: padding and buckets are exercised
@@ -73,7 +73,9 @@ def engine(kind=Sequential):
 
 def begin(algorithm):
     state, start = algorithm.init(draw, FACTS, 0), draw(0)
-    return state, Fleet((algorithm.start(start),) * N, (start[LAYOUT.num_trainable :],) * N, "merge", LAYOUT.num_trainable)
+    return state, Fleet(
+        (algorithm.start(start),) * N, (start[LAYOUT.num_trainable :],) * N, "merge", LAYOUT.num_trainable
+    )
 
 
 def cohort_of(r):

@@ -125,8 +125,9 @@ def test_a_line_ends_where_its_last_value_lies():
 
 
 def test_marks_stand_at_the_round_that_validation_chose():
-    rounds = [round_record(1, [0.9], [0.5]), round_record(2, [0.6], [0.7])]
+    rounds = [round_record(1, [0.9], [0.5]), round_record(2, [0.6], [0.7]), round_record(3, [0.8], [0.6])]
     figure = drawn(accuracy_by_round(study([run_record("a", 4, rounds)])))
+    assert len(with_class(figure, "mark")) == 1
     assert "a, seed 4: round 2, 60.0 %" in titles(figure)
 
 
@@ -195,7 +196,7 @@ def test_the_forest_tells_intervals_over_clients_and_missing_pairs_apart():
     figure = forest(study(runs))
     assert len(with_class(drawn(figure), "over-clients")) == 1
     assert "no seed in common" in figure.svg
-    assert figure.caption == "† Over clients, one seed: says nothing about other splits."
+    assert figure.caption == "Left of the line is worse. † Over clients, one seed: says nothing about other splits."
     assert forest(study(runs[:1])) is None
 
 

@@ -131,6 +131,8 @@ def test_headings_descend_without_gaps_and_there_is_one_title():
 def test_the_page_needs_nothing_from_outside_and_runs_nothing():
     text = page(full_runs())
     outline = Outline(text)
+    policies = [attributes["content"] for _, attributes in outline.tags if "http-equiv" in attributes]
+    assert policies == ["default-src 'none'; style-src 'unsafe-inline'"]
     assert not {"script", "link", "img", "iframe", "object"} & {tag for tag, _ in outline.tags}
     assert not [name for _, attributes in outline.tags for name in attributes if name.startswith("on")]
     targets = [attributes[name] for _, attributes in outline.tags for name in ("src", "href") if name in attributes]

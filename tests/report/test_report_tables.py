@@ -215,6 +215,7 @@ def test_recovery_and_entropy_are_tabled_for_methods_with_merging_weights():
         (formatted(math.nan, "bytes"), "–"),
         (formatted(0.0004, "p"), "< 0.001"),
         (formatted(0.0512, "p"), "0.051"),
+        (formatted(0.04963, "p"), "0.0496"),
         (formatted(Interval(-0.0004, 0.002, 3), "points"), "0.0 ± 0.2"),
         (formatted(Interval(0.0125, math.nan, 1), "points"), "+1.2"),
         (points(-0.1234), "−12.3"),

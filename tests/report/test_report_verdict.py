@@ -60,7 +60,7 @@ def test_one_seed_never_beats():
 
 def test_one_seed_with_an_interval_around_zero_is_level():
     runs = [flat_run("FedMerge", 0, [0.8, 0.4]), flat_run("FedAvg", 0, [0.4, 0.8])]
-    assert said(runs).startswith("FedMerge cannot, on one seed, be told apart from FedAvg (0.00 ± ")
+    assert said(runs).startswith("FedMerge cannot, on one seed, be told apart from FedAvg (0.0 ± ")
 
 
 def test_equal_results_are_called_equal():
@@ -78,9 +78,10 @@ def test_a_single_method_is_only_described():
     assert "One seed only: nothing is known about other splits of the data." in remarks(single)
 
 
-def test_a_small_difference_shows_a_second_decimal():
-    runs = means_of({"a": [0.8, 0.8, 0.8], "b": [0.797, 0.797, 0.7965]})
-    assert said(runs) == "a beats b by 0.32 ± 0.07."
+def test_a_narrow_win_shows_the_decimals_that_make_it_one():
+    # gaps .00178 .00278 .00378 .00094: mean .00232, s = .00123, half width 3.182446 * .00123 / 2 = .00196
+    runs = means_of({"a": [0.8, 0.8, 0.8, 0.8], "b": [0.79822, 0.79722, 0.79622, 0.79906]})
+    assert said(runs) == "a beats b by 0.23 ± 0.20."
 
 
 def test_a_crowd_of_rivals_is_counted_and_its_closest_are_named():
@@ -122,4 +123,15 @@ def test_without_validation_items_the_protocol_says_what_is_reported_instead():
     runs = means_of({"a": [0.5]}, num_validation=(0, 0))
     assert "There are no validation items: every run is reported at its last evaluated round." in protocol(
         studies(runs)[0]
+    )
+
+
+def test_local_training_is_told_once_if_it_is_the_same_and_pointed_at_if_not():
+    same = means_of({"a": [0.5], "b": [0.6]}, options={"d": 5, "training": {"lr": 0.1, "epochs": [1, 2]}})
+    other = means_of({"c": [0.5]}, options={"training": {"lr": 0.2, "epochs": 2}})
+    assert "Options of local training, the same for every method: lr = 0.1, epochs = [1, 2]." in protocol(
+        studies(same)[0]
+    )
+    assert "The options of local training differ between methods: see the options below." in protocol(
+        studies(same + other)[0]
     )

@@ -55,7 +55,7 @@ def as_received(self: Any, down: Tensor, local: Any, batches: Batches, task: Tas
     return down
 
 
-def no_mixing(self: Any, state: Any) -> None:  # noqa: ARG001
+def no_mixing(self: Any, state: Any) -> None:
     """``mixing`` of a method with one model, or without server models."""
 
 
@@ -69,9 +69,7 @@ def to_everyone(self: Any, state: Models, clients: Int[Tensor, " C"]) -> Float[T
     return state.models.expand(len(clients), -1)
 
 
-def trained_update(
-    params: Float[Tensor, " P"], batches: Batches, task: Task, *, pull: float = 0.0
-) -> Update:
+def trained_update(params: Float[Tensor, " P"], batches: Batches, task: Task, *, pull: float = 0.0) -> Update:
     """Trains from `params` and reports before − after."""
     return Update(params - task.train(params, batches, pull=pull))
 

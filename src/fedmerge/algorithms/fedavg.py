@@ -33,12 +33,18 @@ class FedAvg:
         """The first draw."""
         return _parts.fresh(draw(0)[None])
 
-    def train(self, down: Float[Tensor, " P"], local: tuple[()], batches: Batches, task: Task) -> tuple[Update, tuple[()]]:
+    def train(
+        self, down: Float[Tensor, " P"], local: tuple[()], batches: Batches, task: Task
+    ) -> tuple[Update, tuple[()]]:
         """Plain local training from the received model."""
         return _parts.trained_update(down, batches, task), local
 
     def receive(
-        self, state: _parts.Models, clients: Int[Tensor, " C"], update: Update, num_examples: Int[Tensor, " C"]  # noqa: ARG002
+        self,
+        state: _parts.Models,
+        clients: Int[Tensor, " C"],  # noqa: ARG002
+        update: Update,
+        num_examples: Int[Tensor, " C"],
     ) -> _parts.Models:
         """Θ ← Θ − η Σ_i (n_i/Σn) g_i."""
         return _parts.averaged(

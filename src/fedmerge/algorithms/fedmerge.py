@@ -80,19 +80,19 @@ class FedMerge:
     Sends P numbers down and P up whatever d is; the server keeps d·P models, their momentum and N·d logits (and N·T
     accumulated updates in the first rounds); clients keep nothing. docs/algorithm.md has the mathematics.
 
-    Options left at None take the rule's own value.
+    Options left at None take the rule's own value. An option that would have no effect is refused.
     """
 
     num_models: int | None = option(None, at_least=1, help="d; found from the data where initial is 'split'")
-    rule: Rule = option("mirror", help="how the merging weights move")
-    initial: Literal["split", "noise", "independent"] | None = option(None, help="how the models come to differ")
-    scope: Literal["all", "head"] | None = option(None, help="layers whose inner products move the merging weights")
+    rule: Rule = option("mirror", help="how the merging weights move")  # noqa: RUF009 - makes a field
+    initial: Literal["split", "noise", "independent"] | None = option(None, help="how models come to differ (mirror split, official independent, else noise)")
+    scope: Literal["all", "head"] | None = option(None, help="inner products that move the weights (all, official head)")
     rows: Literal["model", "body-head", "layer"] = option("model", help="parts of the network with rows of their own")
     order: Literal["weights-first", "together"] = option("weights-first", help="whether models see the new weights")
-    mixing_lr: float | None = option(None, above=0, help="step size of the rule")
-    decay: float | None = option(None, at_least=0, below=1, help="pull of the logits towards uniform (mirror only)")
-    momentum: float | None = option(None, at_least=0, below=1, help="server momentum of the models")
-    shrinkage: float | None = option(None, at_least=0, help="of the models' updates towards the common one; 0 is off")
+    mixing_lr: float | None = option(None, above=0, help="step size of the rule (mirror 0.2, gradient 1, adam 0.1, official 0.01)")
+    decay: float | None = option(None, at_least=0, below=1, help="pull of the logits towards uniform (mirror 0.02, others none)")
+    momentum: float | None = option(None, at_least=0, below=1, help="server momentum of the models (0.5, official 0)")
+    shrinkage: float | None = option(None, at_least=0, help="of the updates towards the common one (0.3, official 0)")
     proximal: float = option(0.01, at_least=0, help="pull of local training, proximal * |theta - start|^2, no 1/2")
     server_lr: float = option(1.0, above=0, help="server step on the models")
     search_rounds: int = option(3, at_least=1, help="rounds of FedAvg before the split")
@@ -126,6 +126,21 @@ class FedMerge:
             ]
         if self.decay and self.rule != "mirror":
             faults.append(f"decay: got {self.decay!r} with rule={self.rule!r}; only rule='mirror' has it")
+        initial = self.initial or _BY_RULE[self.rule]["initial"]
+        faults += [
+            f"{name}: got {getattr(self, name)!r}, which has no effect {why}; leave it out"
+            for names, used, why in (
+                (("noise",), initial == "noise", f"with initial={initial!r}"),
+                (("search_rounds", "lean"), initial == "split", f"with initial={initial!r}"),
+                (
+                    ("gate", "elbow", "floor", "max_models"),
+                    initial == "split" and self.num_models is None,
+                    "where d is given by hand",
+                ),
+            )
+            for name in names
+            if not used and getattr(self, name) != getattr(FedMerge, name)
+        ]
         if self.rows != "model" and self.scope == "head":
             faults.append(f"scope: got 'head' with rows={self.rows!r}; expected 'all' or nothing")
         if faults:
@@ -196,7 +211,9 @@ class FedMerge:
         parts = [merge(models[:, a:b], row) for (a, b), row in zip(state.blocks.tolist(), weights, strict=True)]
         return torch.cat(parts, dim=1)
 
-    def receive(self, state: State, clients: Int[Tensor, " C"], update: Update, num_examples: Int[Tensor, " C"]) -> State:
+    def receive(
+        self, state: State, clients: Int[Tensor, " C"], update: Update, num_examples: Int[Tensor, " C"]
+    ) -> State:
         """Moves W and Θ; at the end of the search, decides on d and splits the model."""
         logits, moments = state.soup.logits, state.moments
         if len(state.soup.models) > 1:
@@ -217,7 +234,11 @@ class FedMerge:
         return self._searched(after, clients, update.delta) if bool(state.searching) else after
 
     def _model_step(
-        self, state: State, weights: Float[Tensor, "G C d"], delta: Float[Tensor, "C P"], num_examples: Int[Tensor, " C"]
+        self,
+        state: State,
+        weights: Float[Tensor, "G C d"],
+        delta: Float[Tensor, "C P"],
+        num_examples: Int[Tensor, " C"],
     ) -> Float[Tensor, "d P"]:
         proportions = shares_of_examples(num_examples)
         if len(state.soup.models) == 1:
@@ -244,7 +265,7 @@ class FedMerge:
             elif self.rule == "gradient":
                 rows = rules.gradient_step(rows, proportions[:, None] * weights * pull, lr=self.mixing_lr or 0.0)
             else:
-                memory = rules.Moments(*moments[:, block, clients], state.seen[clients])
+                memory = rules.Moments(moments[0, block, clients], moments[1, block, clients], state.seen[clients])
                 gradient = proportions[:, None] * weights * pull
                 rows, memory = rules.adam_step(rows, gradient, memory, lr=self.mixing_lr or 0.0)
                 moments[:, block, clients] = torch.stack([memory.first, memory.second])
@@ -252,7 +273,11 @@ class FedMerge:
         return logits, moments
 
     def _mirrored(
-        self, rows: Float[Tensor, "C d"], pull: Float[Tensor, "C d"], models: Float[Tensor, "d T"], replies: Float[Tensor, "C T"]
+        self,
+        rows: Float[Tensor, "C d"],
+        pull: Float[Tensor, "C d"],
+        models: Float[Tensor, "d T"],
+        replies: Float[Tensor, "C T"],
     ) -> Float[Tensor, "C d"]:
         reach = squared_norms(replies).sqrt() * squared_norms(centred(models)).max().sqrt()
         return rules.mirror_step(rows, pull, reach, lr=self.mixing_lr or 0.0, decay=self.decay or 0.0)
@@ -307,7 +332,9 @@ class FedMerge:
 
     # ---------------------------------------------------------------- client and facts
 
-    def train(self, down: Float[Tensor, " P"], local: tuple[()], batches: Batches, task: Task) -> tuple[Update, tuple[()]]:
+    def train(
+        self, down: Float[Tensor, " P"], local: tuple[()], batches: Batches, task: Task
+    ) -> tuple[Update, tuple[()]]:
         """Local training, pulled towards the received model by ``proximal · ‖θ − θ_received‖²``."""
         return _parts.trained_update(down, batches, task, pull=2 * self.proximal), local
 

@@ -1,4 +1,4 @@
-"""FedProx: FedAvg whose local training is pulled back to the received model (Li et al., MLSys 2020, arXiv:1812.06127)."""
+"""FedProx: FedAvg with local training pulled back to the received model (Li et al., MLSys 2020, arXiv:1812.06127)."""
 
 from __future__ import annotations
 
@@ -34,12 +34,18 @@ class FedProx:
         """The first draw."""
         return _parts.fresh(draw(0)[None])
 
-    def train(self, down: Float[Tensor, " P"], local: tuple[()], batches: Batches, task: Task) -> tuple[Update, tuple[()]]:
+    def train(
+        self, down: Float[Tensor, " P"], local: tuple[()], batches: Batches, task: Task
+    ) -> tuple[Update, tuple[()]]:
         """Local training with the pull."""
         return _parts.trained_update(down, batches, task, pull=self.proximal), local
 
     def receive(
-        self, state: _parts.Models, clients: Int[Tensor, " C"], update: Update, num_examples: Int[Tensor, " C"]  # noqa: ARG002
+        self,
+        state: _parts.Models,
+        clients: Int[Tensor, " C"],  # noqa: ARG002
+        update: Update,
+        num_examples: Int[Tensor, " C"],
     ) -> _parts.Models:
         """As FedAvg."""
         return _parts.averaged(

@@ -67,11 +67,15 @@ class FeSem:
         common = models.double().mean(dim=0).to(models.dtype)
         return torch.where((assigned >= 0)[:, None], models[assigned.clamp_min(0)], common)
 
-    def train(self, down: Float[Tensor, " P"], local: tuple[()], batches: Batches, task: Task) -> tuple[Update, tuple[()]]:
+    def train(
+        self, down: Float[Tensor, " P"], local: tuple[()], batches: Batches, task: Task
+    ) -> tuple[Update, tuple[()]]:
         """Plain local training."""
         return _parts.trained_update(down, batches, task), local
 
-    def receive(self, state: Centres, clients: Int[Tensor, " C"], update: Update, num_examples: Int[Tensor, " C"]) -> Centres:
+    def receive(
+        self, state: Centres, clients: Int[Tensor, " C"], update: Update, num_examples: Int[Tensor, " C"]
+    ) -> Centres:
         """Assigns every reply to its nearest centre, then moves each centre to the average of its members."""
         trained = self.send(state, clients) - update.delta
         first_round = bool((state.assigned < 0).all())

@@ -71,24 +71,34 @@ class Ifca:
         """All models to everyone."""
         return state.averages.models.expand(len(clients), -1, -1)
 
-    def train(self, down: Float[Tensor, "d P"], local: tuple[()], batches: Batches, task: Task) -> tuple[Choice, tuple[()]]:
+    def train(
+        self, down: Float[Tensor, "d P"], local: tuple[()], batches: Batches, task: Task
+    ) -> tuple[Choice, tuple[()]]:
         """Chooses by loss on the examples of this round, then trains."""
         best = _best(down, batches, task)
         params = torch.index_select(down, 0, best[None])[0]
         return Choice(params - task.train(params, batches), best), local
 
-    def personal(self, down: Float[Tensor, "d P"], local: tuple[()], batches: Batches, task: Task) -> Float[Tensor, " P"]:  # noqa: ARG002
+    def personal(
+        self,
+        down: Float[Tensor, "d P"],
+        local: tuple[()],  # noqa: ARG002
+        batches: Batches,
+        task: Task,
+    ) -> Float[Tensor, " P"]:
         """The model with the lowest loss on the client's training data."""
         return torch.index_select(down, 0, _best(down, batches, task)[None])[0]
 
-    def receive(self, state: Clusters, clients: Int[Tensor, " C"], update: Choice, num_examples: Int[Tensor, " C"]) -> Clusters:
+    def receive(
+        self, state: Clusters, clients: Int[Tensor, " C"], update: Choice, num_examples: Int[Tensor, " C"]
+    ) -> Clusters:
         """FedAvg among those who chose the same model."""
         share = shares(one_hot(update.model, self.num_models).double(), num_examples)
         averages = _parts.averaged(state.averages, share, update)
         return Clusters(averages, state.chosen.index_copy(0, clients, update.model))
 
     def cost(self, state: Clusters) -> Cost:
-        """d vectors down, one and an index up."""
+        """D vectors down, one and an index up."""
         models = state.averages.models
         size = models.shape[1] * models.element_size()
         index = state.chosen.element_size()

@@ -46,19 +46,31 @@ class Local:
         return ()
 
     def train(
-        self, down: tuple[()], local: Float[Tensor, " P"], batches: Batches, task: Task  # noqa: ARG002
+        self,
+        down: tuple[()],  # noqa: ARG002
+        local: Float[Tensor, " P"],
+        batches: Batches,
+        task: Task,
     ) -> tuple[Update, Float[Tensor, " P"]]:
         """Trains the client's own model on; the update is empty."""
         return Update(local[:0]), task.train(local, batches)
 
     def receive(
-        self, state: NoState, clients: Int[Tensor, " C"], update: Update, num_examples: Int[Tensor, " C"]  # noqa: ARG002
+        self,
+        state: NoState,
+        clients: Int[Tensor, " C"],  # noqa: ARG002
+        update: Update,  # noqa: ARG002
+        num_examples: Int[Tensor, " C"],  # noqa: ARG002
     ) -> NoState:
         """Nothing."""
         return state
 
     def personal(
-        self, down: tuple[()], local: Float[Tensor, " P"], batches: Batches, task: Task  # noqa: ARG002
+        self,
+        down: tuple[()],  # noqa: ARG002
+        local: Float[Tensor, " P"],
+        batches: Batches,  # noqa: ARG002
+        task: Task,  # noqa: ARG002
     ) -> Float[Tensor, " P"]:
         """The client's own model."""
         return local

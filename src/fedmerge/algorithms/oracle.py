@@ -63,11 +63,15 @@ class Oracle:
         """Each client its group's model."""
         return state.averages.models[state.membership[clients].argmax(dim=1)]
 
-    def train(self, down: Float[Tensor, " P"], local: tuple[()], batches: Batches, task: Task) -> tuple[Update, tuple[()]]:
+    def train(
+        self, down: Float[Tensor, " P"], local: tuple[()], batches: Batches, task: Task
+    ) -> tuple[Update, tuple[()]]:
         """Plain local training."""
         return _parts.trained_update(down, batches, task), local
 
-    def receive(self, state: Groups, clients: Int[Tensor, " C"], update: Update, num_examples: Int[Tensor, " C"]) -> Groups:
+    def receive(
+        self, state: Groups, clients: Int[Tensor, " C"], update: Update, num_examples: Int[Tensor, " C"]
+    ) -> Groups:
         """FedAvg inside each group; a group without replies stays where it is."""
         share = shares(state.membership[clients], num_examples)
         return Groups(_parts.averaged(state.averages, share, update, momentum=self.server_momentum), state.membership)

@@ -41,9 +41,7 @@ def official_step(
     return logits - repeats * step
 
 
-def gradient_step(
-    logits: Float[Tensor, "C d"], gradient: Float[Tensor, "C d"], *, lr: float
-) -> Float[Tensor, "C d"]:
+def gradient_step(logits: Float[Tensor, "C d"], gradient: Float[Tensor, "C d"], *, lr: float) -> Float[Tensor, "C d"]:
     """Plain gradient descent on the objective: W ← W − lr ∂F/∂W."""
     return logits - lr * gradient
 
@@ -83,7 +81,7 @@ def adam_step(
 def mirror_step(
     logits: Float[Tensor, "C d"],
     along: Float[Tensor, "C d"],
-    scale: Float[Tensor, "C"],
+    scale: Float[Tensor, C],
     *,
     lr: float,
     decay: float,

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, Literal, TypeVar, Union
 
 from fedmerge.core.errors import UsageError, unknown_name
@@ -22,7 +24,7 @@ T = TypeVar("T")
 def option(
     default: Any = dataclasses.MISSING,
     *,
-    help: str = "",  # noqa: A002 - argparse's word for it
+    help: str = "",
     above: float | None = None,
     at_least: float | None = None,
     below: float | None = None,
@@ -34,11 +36,11 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-_BOUNDS = {
-    "above": ("> {}", lambda value, bound: value > bound),
-    "at_least": (">= {}", lambda value, bound: value >= bound),
-    "below": ("< {}", lambda value, bound: value < bound),
-    "at_most": ("<= {}", lambda value, bound: value <= bound),
+_BOUNDS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
+    "above": ("> {}", operator.gt),
+    "at_least": (">= {}", operator.ge),
+    "below": ("< {}", operator.lt),
+    "at_most": ("<= {}", operator.le),
 }
 
 
@@ -80,33 +82,31 @@ def accepted_text(field: dataclasses.Field[Any], annotation: Any) -> str:
     return kinds + (f" {bounds}" if bounds else "") + (" or none" if type(None) in parts else "")
 
 
-class _Fault(Exception):
+class _MisfitError(Exception):
     """A value does not fit; the message says what was expected."""
 
 
 def _convert_number(annotation: type, value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise _Fault
+        raise _MisfitError
     if annotation is int:
         if isinstance(value, float):
-            raise _Fault
+            raise _MisfitError
         return value
     if not math.isfinite(value):
-        raise _Fault
+        raise _MisfitError
     return float(value)
 
 
 def _convert_union(annotation: Any, value: Any) -> Any:
     for part in typing.get_args(annotation):
-        try:
+        with suppress(_MisfitError):
             return _convert(part, value)
-        except _Fault:
-            continue
-    raise _Fault
+    raise _MisfitError
 
 
 def _convert(annotation: Any, value: Any) -> Any:
-    """The value as the field's type, or ``_Fault``. Only lossless conversions: int to float, list to tuple."""
+    """The value as the field's type, or ``_MisfitError``. Only lossless conversions: int to float, list to tuple."""
     origin = typing.get_origin(annotation)
     if annotation is Any:
         return value
@@ -115,16 +115,16 @@ def _convert(annotation: Any, value: Any) -> Any:
     if origin is Literal:
         if any(value == choice and type(value) is type(choice) for choice in typing.get_args(annotation)):
             return value
-        raise _Fault
+        raise _MisfitError
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
-            raise _Fault
+            raise _MisfitError
         return tuple(_convert(typing.get_args(annotation)[0], item) for item in value)
     if annotation in (int, float):
         return _convert_number(annotation, value)
     if isinstance(value, origin or annotation) and not (isinstance(value, bool) and annotation is not bool):
         return value
-    raise _Fault
+    raise _MisfitError
 
 
 def _numbers(value: Any) -> list[float]:
@@ -138,7 +138,7 @@ def _field_fault(field: dataclasses.Field[Any], annotation: Any, value: Any) -> 
     expected = accepted_text(field, annotation)
     try:
         converted = _convert(annotation, value)
-    except _Fault:
+    except _MisfitError:
         return value, f"got {value!r}; expected {expected}"
     for number in _numbers(converted):
         if not all(_BOUNDS[name][1](number, bound) for name, bound in bounds.items()):

@@ -142,7 +142,9 @@ class Algorithm(Protocol[StateT]):
         """What each client receives: a tree of tensors with leading axis C."""
         ...
 
-    def receive(self, state: StateT, clients: Int[Tensor, " C"], update: Any, num_examples: Int[Tensor, " C"]) -> StateT:
+    def receive(
+        self, state: StateT, clients: Int[Tensor, " C"], update: Any, num_examples: Int[Tensor, " C"]
+    ) -> StateT:
         """State after the replies of one round; call it through `deliver`, which puts clients in id order."""
         ...
 

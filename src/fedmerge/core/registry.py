@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, is_dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 from fedmerge.core.errors import UsageError, unknown_name
 from fedmerge.core.options import build_options
@@ -57,7 +57,7 @@ class Registry(Generic[T]):
                 raise ValueError(
                     f"two {self.what}s are called {name!r}: {self._entries[name].cls.__name__} and {cls.__name__}"
                 )
-            self._entries[name] = Entry(name, cls, citation)
+            self._entries[name] = Entry(name, cast("type[T]", cls), citation)
             return cls
 
         return file
@@ -75,7 +75,9 @@ class Registry(Generic[T]):
 
     def name_of(self, instance: T) -> str:
         """The name under which an instance's class is filed; its class name if it is not."""
-        return next((entry.name for entry in self._entries.values() if entry.cls is type(instance)), type(instance).__name__)
+        return next(
+            (entry.name for entry in self._entries.values() if entry.cls is type(instance)), type(instance).__name__
+        )
 
     def build(self, table: Mapping[str, Any], where: str, faults: list[str]) -> T | None:
         """An instance from a table with a ``name`` and options; faults are collected, not raised."""

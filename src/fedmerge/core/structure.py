@@ -5,7 +5,6 @@ Works on the clients' accumulated updates h_i of the first rounds. Numbers and c
 
 from __future__ import annotations
 
-
 import numpy as np
 import torch
 from jaxtyping import Float
@@ -75,7 +74,10 @@ def number_of_groups(costs: Floats, *, most: int, elbow: float, floor: float) ->
         return float(costs[n - k] / before) if before > 0 else np.inf
 
     jumps = {k: jump(k) for k in range(2, most + 2)}
-    drops = {k: jumps[k] / jumps[k + 1] if np.isfinite(jumps[k + 1]) and jumps[k + 1] > 0 else 0.0 for k in range(2, most + 1)}
+    drops = {
+        k: jumps[k] / jumps[k + 1] if np.isfinite(jumps[k + 1]) and jumps[k + 1] > 0 else 0.0
+        for k in range(2, most + 1)
+    }
     sharpest = max(drops, key=lambda k: drops[k])
     if drops[sharpest] >= elbow:
         return sharpest
@@ -140,7 +142,7 @@ def _lloyd(values: Floats, centres: Floats, most: int = 100) -> tuple[float, Lab
         if (nearest == labels).all():
             break
         labels = nearest
-        centres = np.stack([values[labels == j].mean(axis=0) if (labels == j).any() else centres[j] for j in range(len(centres))])
+        centres = np.stack(
+            [values[labels == j].mean(axis=0) if (labels == j).any() else centres[j] for j in range(len(centres))]
+        )
     return float(_distances(values, centres)[np.arange(len(values)), labels].sum()), labels.astype(np.int64)
-
-

@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import reduce
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from fedmerge.core.errors import UsageError, unknown_name
 
@@ -147,7 +147,7 @@ def _persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
     return {
         f"{prefix}.{name}" if prefix else name: buffer
         for prefix, part in module.named_modules()
-        for name, buffer in part._buffers.items()  # noqa: SLF001 - torch has no public word for "persistent"
+        for name, buffer in part._buffers.items()
         if buffer is not None and name not in part._non_persistent_buffers_set
     }
 
@@ -220,7 +220,7 @@ def _frozen_names(module: nn.Module, frozen: tuple[str, ...]) -> set[str]:
 def _refuse_unusable(module: nn.Module) -> None:
     kind = type(module).__name__
     tensors = list(_tensors(module))
-    lazy = [name for name, tensor in tensors if isinstance(tensor, UninitializedTensorMixin)]
+    lazy = [name for name, tensor in tensors if is_lazy(tensor)]
     if lazy:
         raise UsageError(
             f"{kind} has lazy parameters without a shape yet: {', '.join(lazy)}; "
@@ -239,7 +239,7 @@ def _refuse_overlaps(kind: str, tensors: list[tuple[str, Tensor]]) -> None:
         (tensor.data_ptr(), tensor.data_ptr() + tensor.element_size() * tensor.numel(), name)
         for name, tensor in distinct.values()
     )
-    for (_, stop, first), (start, _, second) in zip(spans, spans[1:], strict=False):
+    for (_, stop, first), (start, _, second) in pairwise(spans):
         if start < stop:
             raise UsageError(
                 f"{kind}: {first!r} and {second!r} share memory without being the same parameter; "

@@ -275,6 +275,9 @@ def _assemble(clients: Mapping[str, Tables], plan: _Plan, source: str) -> Federa
     named = {str(name): tables for name, tables in clients.items()}
     if len(named) < len(clients):
         raise DataError(f"{source}: two clients have one name once they are texts; expected different names")
+    unwritable = [name for name in named if not name.isprintable()]
+    if unwritable:
+        raise DataError(f"{source}: a client is called {unwritable[0]!a}; expected a name of printable characters")
     keys = [(name, split) for name in sorted(named) for split in SPLITS if split in named[name]]
     tables = align_columns([named[name][split] for name, split in keys])
     class_names, targets = encode_labels(tables, plan.class_names)

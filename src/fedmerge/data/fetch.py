@@ -8,12 +8,15 @@ is not fetched again.
 
 from __future__ import annotations
 
+import getpass
 import hashlib
 import logging
+import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +27,8 @@ from fedmerge.data.archive import read_deb_folder
 from fedmerge.data.cache import cache_folder, locked, writing
 
 log = logging.getLogger(__name__)
+
+Finished = subprocess.CompletedProcess[str]
 
 Progress = Callable[[str, int, int | None], None]
 """Receives what is being done, how much of it is done, and how much there is (None: unknown)."""
@@ -185,10 +190,35 @@ def _by_hand(package: Package) -> str:
 
 def _run_client(package: Package, folder: Path) -> None:
     """Runs the client in `folder`, where it leaves the archive."""
-    program = "pip" if package.client == "pip" else _command(package)[0]
+    done = _called(package, _command(package), folder)
+    if done.returncode != 0 and package.client == "apt":
+        done = _with_own_lists(package, folder, done)
+    if done.returncode != 0:
+        raise FedmergeError(
+            f"cannot fetch {package}: `{_command_text(package)}` failed with exit code {done.returncode}: "
+            f"{_reason(package.client, done.stderr or done.stdout)}. {_MEND_FAILED[package.client]}{_by_hand(package)}"
+        )
+
+
+def _with_own_lists(package: Package, folder: Path, failed: Finished) -> Finished:
+    """A second try with package lists of our own: a new machine has none yet, and only root may write the system's."""
+    with tempfile.TemporaryDirectory(dir=cache_folder(), prefix="apt-lists-") as name:
+        places = ["-o", f"Dir::State::Lists={name}/lists", "-o", f"Dir::Cache={name}/cache"]
+        places += ["-o", f"APT::Sandbox::User={getpass.getuser()}"] if os.geteuid() == 0 else []
+        for part in ("lists/partial", "cache/archives/partial"):
+            (Path(name) / part).mkdir(parents=True)
+        log.info("apt-get download failed; trying again with package lists of our own")
+        if _called(package, ["apt-get", "update", "-q", *places], folder).returncode != 0:
+            return failed
+        return _called(package, [*_command(package), *places], folder)
+
+
+def _called(package: Package, command: list[str], folder: Path) -> Finished:
+    """Runs one command of the package's client."""
+    program = "pip" if package.client == "pip" else command[0]
     try:
-        done = subprocess.run(
-            _command(package),
+        return subprocess.run(
+            command,
             cwd=folder,
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -207,11 +237,6 @@ def _run_client(package: Package, folder: Path) -> None:
             f"cannot fetch {package}: `{_command_text(package)}` did not end within {_CLIENT_SECONDS // 60} minutes. "
             f"{_MEND_FAILED[package.client]}{_by_hand(package)}"
         ) from error
-    if done.returncode != 0:
-        raise FedmergeError(
-            f"cannot fetch {package}: `{_command_text(package)}` failed with exit code {done.returncode}: "
-            f"{_reason(package.client, done.stderr or done.stdout)}. {_MEND_FAILED[package.client]}{_by_hand(package)}"
-        )
 
 
 def _reason(client: str, output: str) -> str:

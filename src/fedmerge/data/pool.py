@@ -48,6 +48,10 @@ class Pool:
             values = getattr(self, column)
             if values is not None and values.shape != (n,):
                 raise DataError(f"{self.name}: `{column}` has shape {values.shape}; expected ({n},), one per input")
+            if values is not None and values.dtype.kind not in "iu":
+                raise DataError(f"{self.name}: `{column}` holds {values.dtype}; expected whole numbers")
+        if self.inputs.dtype != np.uint8 and self.inputs.dtype.kind != "f":
+            raise DataError(f"{self.name}: inputs are {self.inputs.dtype}; expected uint8 images or float32")
         if n == 0:
             raise DataError(f"{self.name}: no items at all")
         if self.targets.min() < 0 or self.targets.max() >= num_classes:

@@ -41,12 +41,11 @@ def read_npz(path: Path, label_column: str) -> Tables:  # noqa: ARG001 - readers
         DataError: if the file is damaged, holds Python objects or other arrays.
     """
     known = [f"{letter}{ending}" for ending in ("", "_validation", "_test") for letter in "xy"]
-    with _naming(path, "an .npz file with arrays x and y"):
-        file = np.load(path, allow_pickle=False)
+    with _naming(path, "an .npz file with arrays x and y"), path.open("rb") as stream:
+        file = np.load(stream, allow_pickle=False)
         if not isinstance(file, np.lib.npyio.NpzFile):
             raise DataError(f"{path} is a single array under the name of an .npz file; expected arrays x and y")
-        with file:
-            arrays = {name: file[name] for name in file.files}
+        arrays = {name: file[name] for name in file.files}
     for name in arrays:
         if name not in known:
             raise DataError(f"{path}: {unknown_name('array', name, known)}")

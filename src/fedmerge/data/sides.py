@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,14 +64,14 @@ def _cut(sizes: Ints, shares: Sequence[float]) -> Ints:
     return np.repeat(np.arange(3), np.diff([0, min(first, n), min(second, n), n]))
 
 
-def apportion(total: int, shares: Sequence[float] | NDArray[np.float64]) -> Ints:
+def apportion(total: int, shares: Sequence[float] | NDArray[Any]) -> Ints:
     """Whole numbers near ``total * shares`` that sum to `total` (largest remainders, the first of equals).
 
     >>> apportion(10, [0.7, 0.15, 0.15]).tolist()
     [7, 2, 1]
     """
     exact = total * np.asarray(shares, dtype=np.float64) / np.sum(shares)
-    counts = np.floor(exact + 1e-9).astype(np.int64)
+    counts: Ints = np.floor(exact + 1e-9).astype(np.int64)
     order = np.argsort(counts - exact, kind="stable")
     counts[order[: total - int(counts.sum())]] += 1
     return counts

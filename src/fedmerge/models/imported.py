@@ -28,7 +28,7 @@ class Imported:
     """
 
     path: str = option(help="'package.module:Name' or 'path/to/file.py:Name'")
-    options: dict[str, Any] | None = option(None, help="keyword arguments for it")
+    options: dict[str, Any] | None = option(None, help="keyword arguments for it")  # noqa: RUF009 - makes a field
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -55,7 +55,9 @@ class Imported:
         location, name = self.path.split(":")
         module = _module_from_file(Path(location)) if location.endswith(".py") else _module_by_name(location)
         if not hasattr(module, name):
-            raise UsageError(unknown_name(f"name in {location}", name, [n for n in vars(module) if not n.startswith("_")]))
+            raise UsageError(
+                unknown_name(f"name in {location}", name, [n for n in vars(module) if not n.startswith("_")])
+            )
         factory: Callable[..., Any] = getattr(module, name)
         return factory
 
@@ -64,7 +66,9 @@ def _module_by_name(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise UsageError(f"cannot import {name!r}: {error}; is it installed, or did you mean a path ending in .py?") from error
+        raise UsageError(
+            f"cannot import {name!r}: {error}; is it installed, or did you mean a path ending in .py?"
+        ) from error
 
 
 def _module_from_file(path: Path) -> ModuleType:

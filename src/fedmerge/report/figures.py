@@ -159,14 +159,17 @@ def forest(study: Study) -> Figure | None:
         text(x(0), 14, shorten(study.reference, LABEL_LENGTH), anchor="middle", class_="name"),
         *rows,
     )
+    return Figure(f"Paired differences to {study.reference}", svg, _forest_caption(found))
+
+
+def _forest_caption(found: Sequence[Difference]) -> str:
     kinds = {row.interval.over for row in found if row.seeds}
-    words = (
-        "Mean and 95 % t interval over seeds, on the same seeds and clients; left of the line is worse."
-        if "seeds" in kinds
-        else ""
-    )
-    daggers = "† Over clients, one seed: says nothing about other splits." if "clients" in kinds else ""
-    return Figure(f"Paired differences to {study.reference}", svg, f"{words} {daggers}".strip())
+    parts = ["Left of the line is worse."]
+    if "seeds" in kinds:
+        parts.append("Mean and 95 % t interval over seeds, on the same seeds and clients.")
+    if "clients" in kinds:
+        parts.append("† Over clients, one seed: says nothing about other splits.")
+    return " ".join(parts)
 
 
 def _forest_row(row: Difference, index: int, x: Scale, y: float) -> Markup:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -16,14 +15,14 @@ from fedmerge.report.study import Study, client_accuracies, studies
 from fedmerge.report.svg import Figure, colour
 from fedmerge.report.table import Column, Table
 from fedmerge.report.tables import cost_table, structure_table, study_table
-from fedmerge.report.text import listed, plural, ranges
+from fedmerge.report.text import listed, plain_options, plural, ranges
 from fedmerge.report.verdict import headline, protocol, remarks
 from fedmerge.report.weights import alike, merging_weights, weights_over_rounds
 
 CLIENT_ROWS = 200
 
 # Nothing may be loaded and nothing may run, whatever a client is called.
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
 def write_report(runs: Sequence[RunRecord], target: Path, *, reference: str | None = None) -> Path:
@@ -249,7 +248,8 @@ def _provenance(study: Study) -> Markup:
         (run.label, run.seed, run.status, run.selected().round, run.last().round, run.num_params, run.data_sha256[:16])
         for run in study.all_runs()
     )
-    options = {f"{label} ({_first(runs).method})": _plain(_first(runs).options) for label, runs in study.runs.items()}
+    first = {label: next(iter(runs.values())) for label, runs in study.runs.items()}
+    options = {f"{label} ({run.method})": plain_options(run.options) for label, run in first.items()}
     return join(
         _table(Table(columns, rows, "Runs with their status and data hash"), study),
         element("p", "Options", class_="title"),
@@ -257,14 +257,6 @@ def _provenance(study: Study) -> Markup:
         element("p", "Versions", class_="title"),
         _definitions(_versions(study)),
     )
-
-
-def _first(runs: Mapping[int, RunRecord]) -> RunRecord:
-    return next(iter(runs.values()))
-
-
-def _plain(values: Mapping[str, object]) -> str:
-    return ", ".join(f"{name} = {json.dumps(value, default=str)}" for name, value in values.items()) or "none"
 
 
 def _definitions(entries: Mapping[str, str]) -> Markup:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from fedmerge.report.statistics import Interval
@@ -30,8 +31,10 @@ def points(value: float) -> str:
 
 
 def p_value(value: float) -> str:
-    """Three decimals, or that it is smaller."""
-    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+    """Three decimals, a fourth where the third would hide on which side of 0.05 it lies, or that it is smaller."""
+    if value < 0.001:
+        return "< 0.001"
+    return f"{value:.4f}" if 0.0495 <= value < 0.0505 else f"{value:.3f}"
 
 
 def scaled(value: float) -> str:
@@ -109,6 +112,25 @@ def ranges(numbers: Sequence[int]) -> str:
             groups.append([number])
     parts = [f"{g[0]}–{g[-1]}" if len(g) > 2 else ", ".join(map(str, g)) for g in groups]
     return ", ".join(parts)
+
+
+def plain_options(values: Mapping[str, object]) -> str:
+    """Options as they would be typed, those of a table with a dotted name.
+
+    >>> plain_options({"lr": 0.1, "training": {"epochs": 2}})
+    'lr = 0.1, training.epochs = 2'
+    """
+    return ", ".join(_assignments(values, "")) or "none"
+
+
+def _assignments(values: Mapping[str, object], prefix: str) -> list[str]:
+    words = []
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            words += _assignments(value, f"{prefix}{name}.")
+        else:
+            words.append(f"{prefix}{name} = {json.dumps(value, default=str)}")
+    return words
 
 
 def plural(count: int, noun: str) -> str:

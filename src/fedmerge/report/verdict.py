@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -11,7 +11,7 @@ from fedmerge.experiment.record import RunRecord
 from fedmerge.report.costs import costs
 from fedmerge.report.statistics import Difference, Interval, mean_interval, share_below
 from fedmerge.report.study import Study, client_accuracies, differences
-from fedmerge.report.text import interval, listed, percent, plural, ranges
+from fedmerge.report.text import interval, listed, percent, plain_options, plural, ranges
 
 SIGNIFICANT = 0.05
 ADVISED_SEEDS = 5
@@ -86,9 +86,10 @@ def _few(items: Sequence[str]) -> str:
 
 
 def _gap(found: Interval) -> str:
-    """The size of a difference in points; two decimals below one point, so that 0.3 ± 0.3 is not a riddle."""
-    decimals = 1 if abs(found.mean) >= 0.01 else 2
-    return f"{100 * abs(found.mean):.{decimals}f} ± {100 * found.half_width:.{decimals}f}"
+    """The size of a difference in points, with as many decimals as show on which side of 0 the interval ends."""
+    mean, half = 100 * abs(found.mean), 100 * found.half_width
+    decimals = next((count for count in (1, 2, 3) if round(mean, count) != round(half, count)), 4)
+    return f"{mean:.{decimals}f} ± {half:.{decimals}f}"
 
 
 def _level(study: Study, label: str) -> str:
@@ -150,6 +151,7 @@ def protocol(study: Study) -> tuple[str, ...]:
         _selection(runs),
         _cohorts(study),
         _budget(study),
+        *_training(runs),
         "Every method saw the same items and splits in a seed (equal hashes below).",
         "Intervals are 95 % t intervals. p-values are of paired t tests over seeds at the selected rounds, corrected "
         "by Holm for the number of methods compared. Intervals are not corrected.",
@@ -187,6 +189,16 @@ def _cohorts(study: Study) -> str:
     if not odd:
         return "In every round of a seed the same clients took part under every method."
     return f"The clients that took part differ between methods: {listed(sorted(odd))} had others in some rounds."
+
+
+def _training(runs: Sequence[RunRecord]) -> list[str]:
+    """Whether the options of local training were the same; nothing if the records do not have them."""
+    found = [run.options.get("training") for run in runs]
+    if not isinstance(found[0], Mapping):
+        return []
+    if any(options != found[0] for options in found):
+        return ["The options of local training differ between methods: see the options below."]
+    return [f"Options of local training, the same for every method: {plain_options(found[0])}."]
 
 
 def _budget(study: Study) -> str:

@@ -110,7 +110,9 @@ class Vectorised:
 
     def measured_buffers(self, clients: Sequence[tuple[Tensor, Batches]]) -> list[Tensor]:
         """Statistics of each client's own batches."""
-        return self._with_twin().map(lambda task, params, batches: measured_buffers(task.gradient, params, batches), clients)
+        return self._with_twin().map(
+            lambda task, params, batches: measured_buffers(task.gradient, params, batches), clients
+        )
 
     def _with_twin(self) -> Vectorised:
         other = object.__new__(Vectorised)
@@ -137,9 +139,7 @@ class Vectorised:
 
     def _alike(self, clients: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
         """The same arguments with all batches padded to one shape."""
-        columns = []
-        for column in zip(*clients, strict=True):
-            columns.append(_padded(column) if _are_batches(column[0]) else column)
+        columns = [_padded(column) if _are_batches(column[0]) else column for column in zip(*clients, strict=True)]
         return list(zip(*columns, strict=True)) if columns else list(clients)
 
 

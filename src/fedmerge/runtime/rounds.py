@@ -58,7 +58,7 @@ class RoundResult:
     bytes_up: int
 
 
-def run_round(
+def run_round(  # noqa: PLR0917 - the parts of a round, as they are used
     algorithm: Algorithm[Any],
     state: Any,
     fleet: Fleet,
@@ -67,7 +67,7 @@ def run_round(
     num_examples: Int[Tensor, " C"],
     engine: Engine,
 ) -> RoundResult:
-    """send → train → receive.
+    """Send → train → receive.
 
     Args:
         algorithm: The method.
@@ -82,7 +82,9 @@ def run_round(
     down = algorithm.send(state, cohort)
     downs = [take(down, place) for place in range(len(clients))]
     trained = engine.map(
-        lambda task, received, private, steps, buffers: _train(algorithm, fleet, task, received, private, steps, buffers),
+        lambda task, received, private, steps, buffers: _train(
+            algorithm, fleet, task, received, private, steps, buffers
+        ),
         [(downs[k], fleet.private[i], batches[k], fleet.buffers[i]) for k, i in enumerate(clients)],
     )
     update = stack([reply for reply, _, _ in trained])
@@ -114,7 +116,7 @@ class _OwnBuffers:
         return trained
 
 
-def _train(
+def _train(  # noqa: PLR0917 - the parts of a round, as they are used
     algorithm: Algorithm[Any], fleet: Fleet, task: Task, received: Any, private: Any, steps: Batches, buffers: Tensor
 ) -> tuple[Any, Any, Tensor]:
     """One client's reply, its new private state, and the buffers it keeps."""

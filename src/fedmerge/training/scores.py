@@ -35,7 +35,7 @@ class Tally(NamedTuple):
 
     right: Tensor
     loss: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count, which nobody asks of a tally
 
 
 def tally(task: Predictor, params: Float[Tensor, " P"], batches: Batches) -> Tally:

@@ -30,19 +30,19 @@ def cross_entropy(outputs: Float[Tensor, "B K"], targets: Tensor) -> Float[Tenso
 
 def is_batch_coupled(module: nn.Module) -> bool:
     """Whether an example's output depends on its batch (BatchNorm in training): such batches cannot be padded."""
-    return any(isinstance(part, nn.modules.batchnorm._NormBase) for part in module.modules())  # noqa: SLF001
+    return any(isinstance(part, nn.modules.batchnorm._NormBase) for part in module.modules())
 
 
 def has_dropout(module: nn.Module) -> bool:
     """Whether the forward pass draws random numbers, as far as torch's own layers tell."""
-    return any(isinstance(part, nn.modules.dropout._DropoutNd) and part.p > 0 for part in module.modules())  # noqa: SLF001
+    return any(isinstance(part, nn.modules.dropout._DropoutNd) and part.p > 0 for part in module.modules())
 
 
 def measuring_twin(module: nn.Module) -> nn.Module:
     """A copy whose BatchNorm layers keep the statistics of the last batch instead of a running mean."""
     twin = copy.deepcopy(module)
     for part in twin.modules():
-        if isinstance(part, nn.modules.batchnorm._NormBase):  # noqa: SLF001
+        if isinstance(part, nn.modules.batchnorm._NormBase):
             part.momentum = 1.0
     return twin
 
@@ -101,7 +101,9 @@ class ModuleTask:
     def _read_buffers(self) -> Tensor:
         if self.layout.has_uniform_dtype:
             return self._flat[self.layout.num_trainable :].clone()
-        return self.layout.flatten({slot.name: self._own[slot.name] for slot in self.layout.slots if slot.role == "buffer"})
+        return self.layout.flatten(
+            {slot.name: self._own[slot.name] for slot in self.layout.slots if slot.role == "buffer"}
+        )
 
     def gradient(self, params: Float[Tensor, " P"], batch: Batch) -> Slope:
         """Loss, gradient [T] and new buffers [P − T] in training mode."""

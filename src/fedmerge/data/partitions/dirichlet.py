@@ -16,6 +16,7 @@ from fedmerge.data.partitions._registry import client_names, make_partition, par
 from fedmerge.data.partitions._stock import Stock, stock_of
 from fedmerge.data.partitions._uneven import check_total, total_items
 from fedmerge.data.pool import Ints, Pool
+from fedmerge.data.sides import apportion
 
 _DRAWS = 1000
 
@@ -75,7 +76,7 @@ class Dirichlet:
 def _used(stock: Stock, total: int, rng: np.random.Generator) -> Ints:
     """[3, K] items of each side and class among `total` items drawn from all."""
     available = np.stack([stock.available(split) for split in SPLITS])
-    quota = total * available.sum(axis=1) // available.sum()
+    quota = apportion(total, available.sum(axis=1))
     return np.stack([rng.multivariate_hypergeometric(row, size) for row, size in zip(available, quota, strict=True)])
 
 
