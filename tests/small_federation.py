@@ -15,6 +15,9 @@ from fedmerge.data.federated import Examples
 from fedmerge.runtime import Fleet, Sequential, run_round
 from fedmerge.training import Descent, LocalTraining, draw_batches
 
+TRAINING = LocalTraining(lr=0.1, batch_size=4, epochs=1)
+PLAIN = Descent()
+
 
 @dataclass(frozen=True)
 class SmallFederation:
@@ -24,8 +27,8 @@ class SmallFederation:
     data: list[Examples]
     groups: tuple[int, ...]
     dtype: torch.dtype = torch.float64
-    training: LocalTraining = LocalTraining(lr=0.1, batch_size=4, epochs=1)
-    descent: Descent = Descent()
+    training: LocalTraining = TRAINING
+    descent: Descent = PLAIN
 
     def network(self, draw: int = 0) -> nn.Module:
         with fresh_module_randomness(3, "initial weights", draw):

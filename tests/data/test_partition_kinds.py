@@ -257,3 +257,14 @@ def test_drawn_counts_stay_within_the_stock_or_there_is_none(available, total, s
     else:
         assert counts.sum() == total
         assert (counts <= stock).all()
+
+
+def test_a_domain_uses_all_of_its_items_but_what_does_not_divide():
+    """300 items in each of four domains: 45 validation and 75 test items, as 0.15 and 0.25 of 60 items per class or so."""
+    pool = random_pool(copies=4)
+    clients = split("domain", pool, clients_per_domain=7).clients
+    for first in clients[::7]:
+        assert abs(len(first.test) - 75) <= 3
+        used = 7 * (len(first.train) + len(first.validation)) + len(first.test)
+        assert 300 - 2 * 6 <= used <= 300
+        assert set(pool.item[first.test]) == set(pool.item[clients[0].test])

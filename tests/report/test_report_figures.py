@@ -165,6 +165,24 @@ def test_every_client_of_every_seed_is_a_dot():
     assert "client 2, seed 1: 50.0 %" in titles(figure)
 
 
+def test_many_clients_of_one_accuracy_are_one_dot_whose_area_counts_them():
+    figure = drawn(distribution(study([flat_run("a", 0, [0.5] * 16 + [0.75] * 4 + [1.0])])))
+    radii = [float(node.get("r")) for node in with_class(figure, "dot")]
+    assert radii == pytest.approx([2.4 * 4, 2.4 * 2, 2.4])
+    assert {"16 clients: 50.0 %", "client 20, seed 0: 100.0 %"} <= set(titles(figure))
+
+
+def test_dots_and_marks_of_equal_accuracy_do_not_hide_each_other():
+    runs = [flat_run(label, 0, [0.5] * 5) for label in ("a", "b", "c")]
+    dots = with_class(drawn(distribution(study(runs[:1]))), "dot")
+    assert len({node.get("cy") for node in dots}) == 5
+    rows = with_class(drawn(worst_clients(study(runs[:1]))), "mark")
+    assert len({node.get("cy") for node in rows}) == 6  # five clients and the legend
+    marks = drawn(worst_clients(study(runs)))
+    spots = [ET.tostring(node).split(b">")[0] for node in with_class(marks, "mark")]
+    assert len(set(spots)) == len(spots) == 3 * (5 + 1)
+
+
 def test_a_thousand_clients_are_drawn_as_a_shape():
     figure = distribution(study([flat_run("a", 0, [index / 1000 for index in range(1000)])]))
     assert not with_class(drawn(figure), "dot")

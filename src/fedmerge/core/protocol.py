@@ -201,7 +201,10 @@ def deliver(
 
 
 def _refuse_non_finite(replies: Tensor, clients: Tensor) -> None:
-    finite = torch.isfinite(replies.reshape(len(replies), -1)).all(dim=1)
+    if replies.numel() == 0:
+        return
+    lowest, highest = torch.aminmax(replies.reshape(len(replies), -1), dim=1)  # NaN is both
+    finite = torch.isfinite(lowest) & torch.isfinite(highest)
     if not bool(finite.all()):
         raise FedmergeError(
             f"clients {clients[~finite].tolist()} sent NaN or infinite values: their training diverged; "

@@ -36,8 +36,9 @@ def shrunk_updates(
         return own
     common = weighted_sum(proportions[:, None], updates)
     spread = squared_norms(updates)[:, None] - 2 * inner_products(updates, own) + squared_norms(own)[None, :]
-    concentration = share.square().sum(dim=0)
-    variance = (share * spread).sum(dim=0) / (1 - concentration).clamp_min(1e-9)
+    room = 1 - share.square().sum(dim=0)
+    # A model with one client has no spread to measure (0/0): it follows that client.
+    variance = torch.where(room > 1e-9, (share * spread.clamp_min(0)).sum(dim=0) / room.clamp_min(1e-9), 0.0)
     chance = variance * (share - proportions[:, None]).square().sum(dim=0)
     distance = squared_norms(own - common)
     keep = (1 - strength * chance / distance.clamp_min(torch.finfo(torch.float64).tiny)).clamp_min(0)

@@ -69,15 +69,8 @@ def number_of_groups(costs: Floats, *, most: int, elbow: float, floor: float) ->
     if most < 2:
         return 1
 
-    def jump(k: int) -> float:
-        before = costs[: n - k].mean()
-        return float(costs[n - k] / before) if before > 0 else np.inf
-
-    jumps = {k: jump(k) for k in range(2, most + 2)}
-    drops = {
-        k: jumps[k] / jumps[k + 1] if np.isfinite(jumps[k + 1]) and jumps[k + 1] > 0 else 0.0
-        for k in range(2, most + 1)
-    }
+    jumps = {k: _ratio(float(costs[n - k]), float(costs[: n - k].mean())) for k in range(2, most + 2)}
+    drops = {k: _ratio(jumps[k], jumps[k + 1]) for k in range(2, most + 1)}
     sharpest = max(drops, key=lambda k: drops[k])
     if drops[sharpest] >= elbow:
         return sharpest
@@ -85,6 +78,13 @@ def number_of_groups(costs: Floats, *, most: int, elbow: float, floor: float) ->
     while count < most and jumps[count + 1] > floor:
         count += 1
     return max(count, 2)
+
+
+def _ratio(cost: float, before: float) -> float:
+    """Cost / before; merges of identical clients cost 0, after which any cost is infinitely larger, but 0 is not."""
+    if before > 0:
+        return cost / before
+    return np.inf if cost > 0 else 0.0
 
 
 def groups_of(tree: Floats, count: int) -> Labels:

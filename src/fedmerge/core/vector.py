@@ -181,17 +181,8 @@ def layout_of(module: nn.Module, *, head: str | None = None, frozen: Iterable[st
     """
     _refuse_unusable(module)
     head = find_head(module, head)
-    held_back = _frozen_names(module, tuple(frozen))
-    named: dict[int, tuple[list[str], Tensor, Role]] = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        inside = head == "" or name.startswith(head + ".")
-        role: Role = "frozen" if name in held_back else "head" if inside else "trainable"
-        names, _, _ = named.setdefault(id(parameter), ([], parameter, role))
-        names.append(name)
-    for name, buffer in _persistent_buffers(module).items():
-        names, _, _ = named.setdefault(id(buffer), ([], buffer, "buffer"))
-        names.append(name)
-    travelling = [entry for entry in named.values() if entry[2] != "frozen"]
+    named = _named(module, head, _frozen_names(module, tuple(frozen)))
+    travelling = [entry for entry in named if entry[2] != "frozen"]
     if not any(role in ("trainable", "head") for _, _, role in travelling):
         raise UsageError(f"{type(module).__name__} has no trainable parameters: nothing could be learned")
     if not any(role == "head" for _, _, role in travelling):
@@ -202,14 +193,32 @@ def layout_of(module: nn.Module, *, head: str | None = None, frozen: Iterable[st
         stop = start + tensor.numel()
         slots.append(Slot(names[0], tuple(names[1:]), tuple(tensor.shape), tensor.dtype, role, start, stop))
         start = stop
-    return Layout(tuple(slots), dtype, tuple(names[0] for names, _, role in named.values() if role == "frozen"))
+    return Layout(tuple(slots), dtype, tuple(names[0] for names, _, role in named if role == "frozen"))
+
+
+def _named(module: nn.Module, head: str, held_back: set[str]) -> list[tuple[list[str], Tensor, Role]]:
+    """Every tensor that is saved, with all its names; one name inside the head or a frozen module decides its role."""
+    parameters: dict[int, tuple[list[str], Tensor]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        parameters.setdefault(id(parameter), ([], parameter))[0].append(name)
+    buffers: dict[int, tuple[list[str], Tensor]] = {}
+    for name, buffer in _persistent_buffers(module).items():
+        buffers.setdefault(id(buffer), ([], buffer))[0].append(name)
+
+    def role(names: list[str]) -> Role:
+        if held_back.intersection(names):
+            return "frozen"
+        return "head" if head == "" or any(name.startswith(head + ".") for name in names) else "trainable"
+
+    found: list[tuple[list[str], Tensor, Role]] = [(names, p, role(names)) for names, p in parameters.values()]
+    return found + [(names, buffer, "buffer") for names, buffer in buffers.values()]
 
 
 def _frozen_names(module: nn.Module, frozen: tuple[str, ...]) -> set[str]:
-    parts = dict(module.named_modules())
+    parts = {name for name, _ in module.named_modules() if name}
     for name in frozen:
         if name not in parts:
-            raise UsageError(unknown_name("frozen module", name, {part for part in parts if part}))
+            raise UsageError(unknown_name("frozen module", name, parts))
     return {
         name
         for name, parameter in module.named_parameters(remove_duplicate=False)

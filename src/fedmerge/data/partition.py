@@ -244,7 +244,7 @@ def deal(pool: Pool, partition: Partition) -> FederatedData:
             f"{pool.name!r} has {pool.sha256()[:12]}…. Give the same source with the same options, "
             "or make a new partition"
         )
-    if False:
+    if pool.item is not None:
         _check_sides(partition, np.unique(pool.item, return_inverse=True)[1], "item")
     trained = np.unique(np.concatenate([client.train for client in partition.clients]))
     scale = scale_of(pool.inputs[trained], pool.name)

@@ -15,6 +15,7 @@ from fedmerge.experiment.config import Config, Table, build_config
 from fedmerge.experiment.execute import execute_config
 from fedmerge.experiment.federation import load_data
 from fedmerge.experiment.record import RoundRecord, RunRecord, read_run
+from fedmerge.experiment.simulation import prepare
 
 Report = Callable[[str, int], None]
 """Called with a run's name and how many of its rounds are done."""
@@ -47,10 +48,10 @@ def plan(base: Mapping[str, Any], methods: Sequence[str | Mapping[str, Any]], se
     Raises:
         UsageError: with every fault of every run, each once.
     """
-    if not methods or not seeds:
-        raise UsageError("a comparison needs at least one method and one seed")
+    faults = dict.fromkeys(_faults_of_request(base, methods, seeds))
+    if faults:
+        raise UsageError("\n".join(faults))
     jobs: list[Job] = []
-    faults: dict[str, None] = {}
     for seed in seeds:
         for method in methods:
             table = _table_of(base, method, seed)
@@ -71,12 +72,32 @@ def plan(base: Mapping[str, Any], methods: Sequence[str | Mapping[str, Any]], se
     return tuple(jobs)
 
 
+def _faults_of_request(base: Mapping[str, Any], methods: Any, seeds: Any) -> list[str]:
+    """What is wrong with a comparison apart from its single runs."""
+    faults = [
+        f"{key}: got one for a comparison; name the methods instead, each with options and a label of its own"
+        for key in ("method", "label")
+        if key in base
+    ]
+    if not isinstance(methods, (list, tuple)) or not all(isinstance(method, (str, Mapping)) for method in methods):
+        faults.append(f"methods: got {methods!r}; expected a list of names or tables with a name")
+    if not isinstance(seeds, (list, tuple)) or any(isinstance(s, bool) or not isinstance(s, int) for s in seeds):
+        faults.append(f"seeds: got {seeds!r}; expected a list of whole numbers")
+    elif len(set(seeds)) < len(seeds):
+        faults.append(f"seeds: got {list(seeds)}; expected each once")
+    if not faults and not (methods and seeds):
+        faults.append("a comparison needs at least one method and one seed")
+    return faults
+
+
 def _table_of(base: Mapping[str, Any], method: str | Mapping[str, Any], seed: int) -> Table:
     table = dict(base) | {"seed": seed}
     if isinstance(method, str):
         return table | {"method": {"name": method}}
     own = dict(method)
-    training = {**base.get("training", {}), **own.pop("training", {})}
+    both = base.get("training", {}), own.pop("training", {})
+    wrong = [given for given in both if not isinstance(given, Mapping)]  # left for `build_config` to complain of
+    training = wrong[0] if wrong else {**both[0], **both[1]}
     return table | {"label": own.pop("label", ""), "training": training, "method": own}
 
 
@@ -90,20 +111,40 @@ def run_jobs(jobs: Sequence[Job], out: Path, *, processes: int = 1, report: Repo
         report: Told of every finished round.
 
     Raises:
-        UsageError: if a run's folder exists already; nothing has started then.
+        UsageError: if a run's folder exists already or a run cannot start; nothing has been written then.
     """
-    taken = [job.name for job in jobs if (out / job.name).exists()]
-    if taken:
-        raise UsageError(f"{out} already holds {', '.join(taken)}; nothing was overwritten. Choose another --out")
+    _refuse_taken(jobs, out)
+    data = _rehearsed(jobs)
     if processes == 1 or len(jobs) == 1:
-        return _one_by_one(jobs, out, report)
+        return _one_by_one(jobs, data, out, report)
     return _spread(jobs, out, processes, report)
 
 
-def _one_by_one(jobs: Sequence[Job], out: Path, report: Report | None) -> tuple[RunRecord, ...]:
-    records, seed, data = [], None, None
+def _refuse_taken(jobs: Sequence[Job], out: Path) -> None:
+    try:
+        taken = [job.name for job in jobs if (out / job.name).exists()]
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot write run folders below {out}: {getattr(error, 'strerror', error)}") from error
+    if taken:
+        raise UsageError(f"{out} already holds {', '.join(taken)}; nothing was overwritten. Choose another folder")
+
+
+def _rehearsed(jobs: Sequence[Job]) -> FederatedData:
+    """The first seed's clients, after every run on them was prepared: what cannot start fails before any training."""
+    first = jobs[0].config
+    data = load_data(first.source, first.partition, first.run.seed)
+    for config in (job.config for job in jobs if job.config.run.seed == first.run.seed):
+        prepare(config.method, data, config.model, config.training, config.run)
+    return data
+
+
+def _one_by_one(
+    jobs: Sequence[Job], data: FederatedData, out: Path, report: Report | None
+) -> tuple[RunRecord, ...]:
+    """`data` are the clients of the first job's seed."""
+    records, seed = [], jobs[0].config.run.seed
     for job in jobs:
-        if job.config.run.seed != seed or data is None:
+        if job.config.run.seed != seed:
             seed = job.config.run.seed
             data = load_data(job.config.source, job.config.partition, seed)
         records.append(_run_here(job, data, out, report))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
@@ -103,7 +104,7 @@ def read_toml(path: Path | str) -> Table:
         return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"cannot read configuration {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not TOML, not UTF-8, a number too long, tables too deep
         raise UsageError(f"{path} is not valid TOML: {error}") from error
 
 
@@ -114,39 +115,63 @@ def parse_value(text: str) -> Any:
     (0.1, True, [1, 2], 'cosine')
     """
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        parsed = tomllib.loads(f"value = {text}")
+    except (ValueError, RecursionError):
         return text
+    return parsed["value"] if len(parsed) == 1 else text  # a line break could begin another key
 
 
 def override(table: Mapping[str, Any], assignments: Sequence[str]) -> Table:
     """A copy of `table` with ``dotted.key=value`` words applied; ``source=digits`` stands for ``source.name=digits``.
 
-    Choosing another name drops the options of the old one.
+    Choosing another name drops the options that `table` holds for the old one; the order of the words is irrelevant
+    to that.
 
     Raises:
         UsageError: for a word without ``=`` or a key that runs through a plain value.
     """
-    result: Table = {key: dict(value) if isinstance(value, Mapping) else value for key, value in table.items()}
-    for word in assignments:
-        key, equals, text = word.partition("=")
-        if not equals or not key:
-            raise UsageError(f"got {word!r}; expected key=value, for example rounds=50 or training.lr=0.05")
-        path = key.split(".")
-        if path[0] in _CHOICES and len(path) == 1:
-            path.append("name")
-        _assign(result, path, parse_value(text), word)
+    result: Table = copy.deepcopy(dict(table))
+    for kind in _CHOICES:
+        if isinstance(result.get(kind), str):
+            result[kind] = {"name": result[kind]}
+    paths = {word: _path(word) for word in assignments}
+    for word in sorted(assignments, key=lambda word: not _chooses(paths[word])):
+        assign(result, paths[word], parse_value(word.partition("=")[2]), word)
     return result
 
 
-def _assign(table: Table, path: list[str], value: Any, word: str) -> None:
+def _path(word: str) -> list[str]:
+    key, equals, _ = word.partition("=")
+    if not equals or not key:
+        raise UsageError(f"got {word!r}; expected key=value, for example rounds=50 or training.lr=0.05")
+    path = key.split(".")
+    return [*path, "name"] if path[0] in _CHOICES and len(path) == 1 else path
+
+
+def _chooses(path: Sequence[str]) -> bool:
+    return len(path) == 2 and path[0] in _CHOICES and path[1] == "name"
+
+
+def assign(table: Table, path: Sequence[str], value: Any, word: str) -> None:
+    """Sets the value at a path of keys in place, making tables on the way.
+
+    Args:
+        table: Changed.
+        path: One key or more.
+        value: What to set.
+        word: What the user wrote, for the message.
+
+    Raises:
+        UsageError: if a key on the way holds a plain value.
+    """
+    inner = table
     for part in path[:-1]:
-        table = table.setdefault(part, {})
-        if not isinstance(table, dict):
+        inner = inner.setdefault(part, {})
+        if not isinstance(inner, dict):
             raise UsageError(f"got {word!r}; {part!r} is a plain value, not a table")
-    if path[-1] == "name" and len(path) == 2 and table.get("name") != value:
-        table.clear()
-    table[path[-1]] = value
+    if _chooses(path) and inner.get("name") != value:
+        inner.clear()
+    inner[path[-1]] = value
 
 
 def build_config(table: Mapping[str, Any]) -> Config:
@@ -163,11 +188,20 @@ def build_config(table: Mapping[str, Any]) -> Config:
     training = build_options(LocalTraining, _subtable(table, "training", faults), "training", faults)
     chosen = {kind: _chosen(kind, table, faults) for kind in _CHOICES}
     label = table.get("label", "")
-    if not isinstance(label, str):
-        faults.append(f"label: got {label!r}; expected a text")
+    check_label(label, faults)
     if faults or run is None or training is None:
         raise UsageError("\n".join(faults))
     return Config(**chosen, training=training, run=run, label=label)
+
+
+def check_label(label: Any, faults: list[str]) -> None:
+    """Appends a fault if a label cannot be a row's heading and a folder's name."""
+    fits = isinstance(label, str) and (label.isprintable() or not label) and not set(label) & {"/", "\\"}
+    if not fits or label.startswith(".") or len(label.encode()) > 200:
+        faults.append(
+            f"label: got {label!r}; expected a text of one line, up to 200 bytes, without slashes and no dot first: "
+            "it also names the run's folder"
+        )
 
 
 def _complain_of_unknown(rest: Table, faults: list[str]) -> None:
@@ -184,7 +218,7 @@ def _subtable(table: Mapping[str, Any], key: str, faults: list[str]) -> Table:
 
 
 def _chosen(kind: str, table: Mapping[str, Any], faults: list[str]) -> Any:
-    value = table.get(kind, _default(kind, table))
+    value = table.get(kind, _default(kind, _source_name(table)))
     given: Table = {"name": value} if isinstance(value, str) else _subtable({kind: value}, kind, faults)
     if kind == "source" and given.get("name") == "folder":
         return build_options(FolderOptions, {k: v for k, v in given.items() if k != "name"}, "source", faults)
@@ -192,11 +226,16 @@ def _chosen(kind: str, table: Mapping[str, Any], faults: list[str]) -> Any:
         if "partition" in table:
             faults.append("partition: got one for source 'folder', whose files are the clients; leave it out")
         return None
-    return _CHOICES[kind].build(given if "name" in given else {**_default(kind, table), **given}, kind, faults)
+    return _CHOICES[kind].build(given if "name" in given else {**_default(kind, _source_name(table)), **given}, kind, faults)
 
 
-def _default(kind: str, table: Mapping[str, Any]) -> Table:
-    return _SMALL_PARTITION if kind == "partition" and _source_name(table) == "digits" else _DEFAULTS[kind]
+def _default(kind: str, source_name: Any) -> Table:
+    return default_partition(source_name) if kind == "partition" else _DEFAULTS[kind]
+
+
+def default_partition(source_name: Any) -> Table:
+    """How a source is dealt out if the user does not say."""
+    return _SMALL_PARTITION if source_name == "digits" else _DEFAULTS["partition"]
 
 
 def _source_name(table: Mapping[str, Any]) -> Any:
@@ -205,7 +244,7 @@ def _source_name(table: Mapping[str, Any]) -> Any:
 
 
 def _is_folder(table: Mapping[str, Any]) -> bool:
-    return _source_name(table) == "folder"
+    return bool(_source_name(table) == "folder")
 
 
 def to_table(config: Config) -> Table:

@@ -15,7 +15,6 @@ from fedmerge.core.protocol import Federation
 from fedmerge.core.randomness import fresh_module_randomness
 from fedmerge.core.vector import Layout
 from fedmerge.data import ClientData, Examples, FederatedData, FolderOptions, deal, from_folder
-from fedmerge.training.task import has_dropout, is_batch_coupled
 
 
 def load_data(source: Any, partition: Any, seed: int) -> FederatedData:
@@ -62,7 +61,7 @@ def make_module(model: Any, data: FederatedData, seed: int, draw: int = 0, dtype
     """The `draw`-th fresh network of a run; the same for every method.
 
     Args:
-        model: A recipe, a module (used as it is for draw 0, re-initialised after that), or a function without
+        model: A recipe, a module (copied as it is for draw 0, re-initialised after that), or a function without
             arguments that makes one.
         data: Gives input shape and number of classes.
         seed: The run's.
@@ -71,7 +70,7 @@ def make_module(model: Any, data: FederatedData, seed: int, draw: int = 0, dtype
     """
     with fresh_module_randomness(seed, "initial weights", draw):
         if isinstance(model, nn.Module):
-            module = model if draw == 0 else _redrawn(model)
+            module = copy.deepcopy(model) if draw == 0 else _redrawn(model)
         elif hasattr(model, "build"):
             module = model.build(data.input_shape, data.num_classes)
         elif callable(model):
@@ -80,6 +79,8 @@ def make_module(model: Any, data: FederatedData, seed: int, draw: int = 0, dtype
             raise UsageError(
                 f"model: got a {type(model).__name__}; expected a name, a torch.nn.Module, or a function that makes one"
             )
+    if not isinstance(module, nn.Module):
+        raise UsageError(f"model: your function gave a {type(module).__name__}; expected a torch.nn.Module")
     return module.to(dtype) if dtype == torch.float64 else module
 
 
@@ -93,8 +94,8 @@ def _redrawn(module: nn.Module) -> nn.Module:
     ]
     if lacking:
         raise UsageError(
-            f"this method starts from several draws, but {', '.join(repr(name) for name in lacking)} of your module has "
-            "no reset_parameters(); give a function that makes a fresh module instead of a module"
+            f"this method starts from several draws, but {', '.join(repr(name) for name in lacking)} of your module "
+            "has no reset_parameters(); give a function that makes a fresh module instead of a module"
         )
     for part in twin.modules():
         if hasattr(part, "reset_parameters"):
@@ -116,10 +117,3 @@ def federation_facts(data: FederatedData, layout: Layout) -> Federation:
         layers=layout.layers,
         groups=data.groups,
     )
-
-
-def suits_vectorised(module: nn.Module) -> bool:
-    """Whether the vectorised engine is the faster one: small networks without convolutions, BatchNorm or dropout."""
-    convolutions = any(isinstance(part, nn.modules.conv._ConvNd) for part in module.modules())  # noqa: SLF001
-    return not convolutions and not is_batch_coupled(module) and not has_dropout(module)
-

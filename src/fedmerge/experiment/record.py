@@ -13,19 +13,21 @@ A run folder holds::
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
 from fedmerge.core.errors import FedmergeError
 from fedmerge.core.options import build_options
 
+T = TypeVar("T")
 Status = Literal["running", "finished", "interrupted", "failed"]
 
 
@@ -172,13 +174,23 @@ def to_plain(value: Any) -> Any:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes a text file so that a reader never sees half of it."""
+    """Writes a text file so that a reader never sees half of it.
+
+    Raises:
+        OSError: if it cannot be written; nothing is left behind then.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     temporary = path.with_name(path.name + ".part")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_run(folder: Path, run: RunRecord) -> None:
@@ -194,38 +206,54 @@ def append_round(folder: Path, record: RoundRecord) -> None:
         file.write(json.dumps(to_plain(record)) + "\n")
 
 
-def _scores(plain: Any) -> Scores | None:
-    return None if plain is None else Scores(tuple(plain["accuracy"]), tuple(plain["loss"]))
+def _parsed(text: str) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        ValueError: if the text is anything else.
+    """
+    try:
+        plain = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if not isinstance(plain, dict):
+        raise ValueError(f"got {str(plain)[:40]!r}; expected a JSON object")  # noqa: TRY004 - the text is at fault
+    return plain
 
 
-def _round(plain: dict[str, Any]) -> RoundRecord:
-    mixing = plain.get("mixing")
-    return RoundRecord(
-        **{
-            **plain,
-            "cohort": tuple(plain["cohort"]),
-            "mixing": None if mixing is None else tuple(tuple(row) for row in mixing),
-            "validation": _scores(plain.get("validation")),
-            "test": _scores(plain.get("test")),
-        }
-    )
+def _record_of(cls: type[T], plain: dict[str, Any], where: str, scores: tuple[str, ...]) -> T:
+    """A record from plain values.
+
+    Raises:
+        FedmergeError: naming `where` and every value of the wrong type.
+    """
+    faults: list[str] = []
+    values = dict(plain)
+    for name in scores:
+        if isinstance(values.get(name), dict):
+            values[name] = build_options(Scores, values[name], f"{where}: {name}", faults)
+    record = None if faults else build_options(cls, values, where, faults)
+    if record is None:
+        raise FedmergeError("\n".join(faults))
+    return record
 
 
 def _read_rounds(path: Path) -> tuple[RoundRecord, ...]:
     """All whole lines; a torn last line (the run was killed while writing it) is left out."""
     if not path.exists():
         return ()
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = path.read_bytes().split(b"\n")
     rounds = []
     for number, line in enumerate(lines, 1):
-        if not line:
-            continue
+        where = f"{path}, line {number}"
         try:
-            rounds.append(_round(json.loads(line)))
-        except (ValueError, TypeError, KeyError) as error:
+            plain = _parsed(line.decode()) if line else None
+        except ValueError as error:
             if number == len(lines):
                 break
-            raise FedmergeError(f"{path}, line {number}: not a round record ({error})") from error
+            raise FedmergeError(f"{where} is damaged: {error}; the run cannot be used, make it again") from error
+        if plain is not None:
+            rounds.append(_record_of(RoundRecord, plain, where, ("validation", "test")))
     return tuple(rounds)
 
 
@@ -240,12 +268,8 @@ def read_run(folder: Path | str) -> RunRecord:
     if not path.is_file():
         raise FedmergeError(f"{folder} is not a run: it has no run.json; give a folder that `fedmerge run` wrote")
     try:
-        plain = json.loads(path.read_text(encoding="utf-8"))
-        scores = {name: _scores(plain.pop(name, None)) for name in ("finetuned", "finetuned_validation")}
-    except (ValueError, TypeError, KeyError) as error:
-        raise FedmergeError(f"{path} is damaged: {error}") from error
-    faults: list[str] = []
-    record = build_options(RunRecord, {**plain, **scores, "rounds": ()}, str(path), faults)
-    if record is None:
-        raise FedmergeError("\n".join(faults))
+        plain = _parsed(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise FedmergeError(f"{path} is damaged: {error}; the run cannot be used, make it again") from error
+    record = _record_of(RunRecord, {**plain, "rounds": ()}, str(path), ("finetuned", "finetuned_validation"))
     return dataclasses.replace(record, rounds=_read_rounds(folder / "rounds.jsonl"))

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedmerge.core.errors import FedmergeError
 from fedmerge.core.protocol import Algorithm, Batches, Federation
-from fedmerge.core.randomness import generator
+from fedmerge.core.randomness import fresh_module_randomness, generator
 from fedmerge.core.vector import Layout, layout_of
 from fedmerge.data import FederatedData
 from fedmerge.experiment.config import RunOptions
@@ -22,14 +23,12 @@ from fedmerge.experiment.federation import (
     federation_facts,
     in_precision,
     make_module,
-    suits_vectorised,
 )
 from fedmerge.experiment.record import RoundRecord, Scores
+from fedmerge.experiment.trial import check_module, choose_engine
 from fedmerge.runtime import (
     Engine,
     Fleet,
-    Sequential,
-    Vectorised,
     finetuned,
     personal_models,
     run_round,
@@ -82,7 +81,7 @@ class Progress:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Within the block torch computes on one thread: small networks are faster and the bits do not depend on the machine's load."""
+    """Within the block torch computes on one thread: small networks are faster, and the bits are those of any machine load."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -106,9 +105,10 @@ def prepare(
     dtype = _DTYPES[options.precision]
     module = make_module(model, data, options.seed, dtype=dtype)
     layout = layout_of(module, head=options.head, frozen=options.frozen)
-    vectorised = suits_vectorised(module) if options.runtime == "auto" else options.runtime == "vectorised"
+    data = channels_last(in_precision(data, dtype))
+    check_module(module, data, training)
     descent = Descent(momentum=training.momentum, weight_decay=training.weight_decay)
-    engine = (Vectorised if vectorised else Sequential)(module, layout, descent)
+    engine = choose_engine(options.runtime, module, layout, descent, data)
     facts = federation_facts(data, layout)
     draw = drawer(model, data, options.seed, layout, dtype)
     state = algorithm.init(draw, facts, options.seed)
@@ -120,7 +120,6 @@ def prepare(
         policy=options.buffers,
         num_trainable=layout.num_trainable,
     )
-    data = channels_last(in_precision(data, dtype))
     setup = Setup(algorithm, data, module, layout, engine, training, options, facts)
     return setup, Progress(state, fleet, 0)
 
@@ -147,7 +146,8 @@ def advance(setup: Setup, progress: Progress) -> tuple[Progress, RoundRecord]:
     ]
     num_examples = torch.tensor([clients[i].num_train for i in cohort.tolist()])
     cost = setup.algorithm.cost(progress.state)
-    result = run_round(setup.algorithm, progress.state, progress.fleet, cohort, batches, num_examples, setup.engine)
+    with fresh_module_randomness(options.seed, "dropout", number):
+        result = run_round(setup.algorithm, progress.state, progress.fleet, cohort, batches, num_examples, setup.engine)
     passed = sum(len(batch.targets) for steps in batches for batch in steps)
     record = RoundRecord(
         round=number,
@@ -199,9 +199,19 @@ def evaluate(setup: Setup, progress: Progress, record: RoundRecord) -> RoundReco
 
 
 def scores_of(setup: Setup, models: Sequence[Tensor], split: str) -> Scores:
-    """Accuracy and loss of each client's model on its own `split`."""
+    """Accuracy and loss of each client's model on its own `split`.
+
+    Raises:
+        FedmergeError: naming the clients whose loss is not finite.
+    """
     batches: list[Batches] = [one_pass(getattr(client, split)) for client in setup.data.clients]
     tallies = score(models, batches, setup.engine)
+    lost = [client.name for client, t in zip(setup.data.clients, tallies, strict=True) if not t.loss.isfinite()]
+    if lost:
+        raise FedmergeError(
+            f"clients {', '.join(lost)}: the loss on their {split} examples is NaN or infinite: their training "
+            "diverged; lower the learning rate (training.lr) or check their data"
+        )
     return Scores(tuple(_ratio(t, t.right) for t in tallies), tuple(_ratio(t, t.loss) for t in tallies))
 
 
@@ -218,7 +228,8 @@ def finetune(setup: Setup, progress: Progress) -> tuple[Scores, Scores]:
         draw_batches(c.train, training, lr=rate, seed=options.seed, round_number=options.rounds + 1, client=i)
         for i, c in enumerate(setup.data.clients)
     ]
-    models = finetuned(models_now(setup, progress), batches, setup.engine)
+    with fresh_module_randomness(options.seed, "dropout", options.rounds + 1):
+        models = finetuned(models_now(setup, progress), batches, setup.engine)
     return scores_of(setup, models, "validation"), scores_of(setup, models, "test")
 
 

@@ -35,8 +35,9 @@ def create_run_folder(folder: Path) -> None:
                 f"{folder} exists and is not empty; nothing was overwritten. Choose another --out or remove it first"
             )
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"cannot write run folder {folder}: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:  # ValueError: a null character in the path
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"cannot write run folder {folder}: {reason}. Choose another --out") from error
     if not os.access(folder, os.W_OK):
         raise UsageError(f"cannot write run folder {folder}: no permission")
 

@@ -29,6 +29,7 @@ from fedmerge.report.svg import (
 from fedmerge.report.text import interval, percent, percent_tick, points
 
 DOTS = 250  # more clients than this in one row are drawn as a shape
+STACK = 9  # more dots than this at one place become one larger dot
 WORST = 12
 LABEL_LENGTH = 18
 
@@ -74,24 +75,25 @@ def distribution(study: Study) -> Figure:
     labels = _by_mean(study)
     rows = {label: client_points(study, label) for label in labels}
     left, row_height = _label_width(labels), 48.0
+    crowded = max(map(len, rows.values())) > DOTS
     low, high = nice_range([point.accuracy for row in rows.values() for point in row], floor=0.0, top=1.0)
     bottom = 8 + row_height * len(rows)
     x = Scale(low, high, left, WIDTH - 12)
     drawn = [
-        _distribution_row(label, row, study.colours[label], x, 8 + row_height * (index + 0.5))
+        _distribution_row(label, row, study.colours[label], x, 8 + row_height * (index + 0.5), crowded=crowded)
         for index, (label, row) in enumerate(rows.items())
     ]
     medians = (f"{label} {percent(float(np.median([p.accuracy for p in row])))}" for label, row in rows.items())
     words = f"Distribution of test accuracy over clients. Medians in percent: {', '.join(medians)}"
     axis = x_axis(x, 8, bottom, "Test accuracy of a client (%)", percent_tick)
-    dots = "Each dot is a client of a seed." if max(map(len, rows.values())) <= DOTS else "Width: how many clients."
+    dots = "Width: how many clients." if crowded else "Each dot is a client of a seed, a larger one several alike."
     caption = f"{dots} Bar: middle half, with the median; thin line: from the worst to the best tenth."
     return Figure("From client to client", drawing(bottom + 48, words, axis, *drawn), caption)
 
 
-def _distribution_row(label: str, row: Sequence[Point], index: int, x: Scale, y: float) -> Markup:
+def _distribution_row(label: str, row: Sequence[Point], index: int, x: Scale, y: float, *, crowded: bool) -> Markup:
     values = np.array([point.accuracy for point in row])
-    cloud = _dots(row, index, x, y) if len(row) <= DOTS else _density(values, index, x, y)
+    cloud = _density(values, index, x, y) if crowded else _dots(row, index, x, y)
     p10, q1, median, q3, p90 = (x(float(value)) for value in np.percentile(values, [10, 25, 50, 75, 90]))
     about = f"{label}: median {percent(float(np.median(values)))} %, {len(values)} clients"
     box = element(
@@ -106,19 +108,45 @@ def _distribution_row(label: str, row: Sequence[Point], index: int, x: Scale, y:
     )
 
 
+def _signed_ranks(places: Sequence[int]) -> list[int]:
+    """0, 1, -1, 2, -2 … for the first, second, third … that stands at the same place."""
+    seen: dict[int, int] = {}
+    ranks = []
+    for place in places:
+        rank = seen[place] = seen.get(place, -1) + 1
+        ranks.append((rank + 1) // 2 * (1 if rank % 2 else -1))
+    return ranks
+
+
 def _dots(row: Sequence[Point], index: int, x: Scale, y: float) -> Markup:
-    """Dots stacked around the row's middle where they would overlap."""
-    stacks: dict[int, int] = {}
-    counts = [round(x(point.accuracy) / 5) for point in row]
-    step = min(4.2, 24 / max(counts.count(place) for place in set(counts)))
-    parts = []
-    for point, place in zip(row, counts, strict=True):
-        rank = stacks[place] = stacks.get(place, -1) + 1
-        offset = step * ((rank + 1) // 2) * (-1 if rank % 2 else 1)
-        at = y - 4 + offset / 1.4
-        dot = element("circle", tip(point.words()), cx=x(point.accuracy), cy=at, r=2.4, class_=f"dot {colour(index)}")
-        parts.append(dot)
-    return join(*parts)
+    """Dots stacked around the row's middle; where stacks would be too tall, one dot whose area says how many."""
+    places = [round(x(point.accuracy) / 5) for point in row]
+    stacks = {place: [point for point, at in zip(row, places, strict=True) if at == place] for place in set(places)}
+    tallest = max(map(len, stacks.values()))
+    if tallest > STACK:
+        unit = min(2.4, 13 / tallest**0.5)
+        return join(*(_bubble(points, index, x(_mean(points)), y - 4, unit) for _, points in sorted(stacks.items())))
+    ranks = _signed_ranks(places)
+    return join(
+        *(
+            _dot(x(point.accuracy), y - 4 + 3 * rank, 2.4, point.words(), index)
+            for point, rank in zip(row, ranks, strict=True)
+        )
+    )
+
+
+def _mean(found: Sequence[Point]) -> float:
+    return float(np.mean([point.accuracy for point in found]))
+
+
+def _bubble(found: Sequence[Point], index: int, x: float, y: float, unit: float) -> Markup:
+    """One dot for several clients of nearly the same accuracy; its area is their number."""
+    words = found[0].words() if len(found) == 1 else f"{len(found)} clients: {percent(_mean(found))} %"
+    return _dot(x, y, unit * len(found) ** 0.5, words, index)
+
+
+def _dot(x: float, y: float, radius: float, words: str, index: int) -> Markup:
+    return element("circle", tip(words), cx=x, cy=y, r=radius, class_=f"dot {colour(index)}")
 
 
 def _density(values: FloatArray, index: int, x: Scale, y: float) -> Markup:
@@ -217,9 +245,10 @@ def worst_clients(study: Study) -> Figure:
 def _worst_row(name: str, row: dict[str, Point | None], study: Study, x: Scale, y: float) -> Markup:
     found = {label: point for label, point in row.items() if point}
     ends = [x(point.accuracy) for point in found.values()]
+    ranks = _signed_ranks([round(end / 7) for end in ends])
     marks = [
-        marker(x(point.accuracy), y, study.colours[label], 4, f"{label}, {point.words()}")
-        for label, point in found.items()
+        marker(end, y + 5 * rank, study.colours[label], 4, f"{label}, {point.words()}")
+        for (label, point), end, rank in zip(found.items(), ends, ranks, strict=True)
     ]
     label = text(0, y + 4.5, element("tspan", name), class_="name")
     return join(label, line(min(ends), y, max(ends), y, "span"), *marks)

@@ -48,10 +48,10 @@ class Descent:
             _, slope, buffers = gradient(params, batch)
             trainable = params[: len(slope)]
             if self.weight_decay:
-                slope = slope + self.weight_decay * trainable
+                slope = torch.add(slope, trainable, alpha=self.weight_decay)
             if pull:
-                slope = slope + pull * (trainable - centre[: len(slope)])
-            velocity = slope if velocity is None or not self.momentum else self.momentum * velocity + slope
-            moved = trainable - batch.lr * velocity
+                slope = torch.add(slope, trainable - centre[: len(slope)], alpha=pull)
+            velocity = slope if velocity is None or not self.momentum else torch.add(slope, velocity, alpha=self.momentum)
+            moved = torch.addcmul(trainable, batch.lr, velocity, value=-1)
             params = torch.cat([moved, buffers]) if len(buffers) else moved
         return params

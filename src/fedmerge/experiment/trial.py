@@ -1,0 +1,135 @@
+"""A network is tried on a few examples before a run begins: what cannot work is refused before anything is written."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from fedmerge.core.errors import UsageError
+from fedmerge.core.protocol import Batches
+from fedmerge.core.randomness import fresh_module_randomness
+from fedmerge.core.vector import Layout
+from fedmerge.data import ClientData, Examples, FederatedData
+from fedmerge.runtime import Engine, Sequential, Vectorised
+from fedmerge.training import Descent, LocalTraining, draw_batches
+from fedmerge.training.task import has_dropout, is_batch_coupled
+
+log = logging.getLogger(__name__)
+
+Runtime = Literal["auto", "sequential", "vectorised"]
+
+
+def check_module(module: nn.Module, data: FederatedData, training: LocalTraining) -> None:
+    """Refuses a network that cannot be trained on the clients' examples.
+
+    Args:
+        module: Tried as a copy.
+        data: The clients, in the run's precision.
+        training: Says how small a batch can be.
+
+    Raises:
+        UsageError: if the forward pass fails on the smallest batch of the run, or gives something else than [B, K].
+    """
+    client = min(data.clients, key=lambda client: _smallest_batch(client, training))
+    inputs = client.train.inputs[: _smallest_batch(client, training)]
+    expected = (len(inputs), data.num_classes)
+    for mode in (True, False):
+        outputs = _outputs(module, inputs, training=mode, whose=client.name)
+        shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        if shape != expected:
+            raise UsageError(
+                f"model {type(module).__name__} gives {shape} for {_text(inputs)}; "
+                f"expected a tensor {expected}: one number per example and class"
+            )
+
+
+def _smallest_batch(client: ClientData, training: LocalTraining) -> int:
+    """Size of the last batch of an epoch."""
+    return client.num_train % training.batch_size or training.batch_size
+
+
+def _outputs(module: nn.Module, inputs: Tensor, *, training: bool, whose: str) -> object:
+    twin = copy.deepcopy(module).train(training)
+    try:
+        with torch.no_grad(), fresh_module_randomness(0, "trial"):
+            return twin(inputs)
+    except Exception as error:  # a user's module may raise anything
+        raise UsageError(
+            f"model {type(module).__name__} cannot be {'trained on' if training else 'used for'} {_text(inputs)}, which "
+            f"client {whose!r} has: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _text(inputs: Tensor) -> str:
+    return f"a batch of {len(inputs)} inputs {list(inputs.shape[1:])} of {inputs.dtype}"
+
+
+def choose_engine(
+    runtime: Runtime, module: nn.Module, layout: Layout, descent: Descent, data: FederatedData
+) -> Engine:
+    """The engine that runs the clients.
+
+    ``auto`` takes the vectorised one for networks that it is faster for (no convolutions, BatchNorm or dropout), if a
+    step on a few examples gives the same numbers as the sequential one.
+
+    Args:
+        runtime: What was asked for.
+        module: The network.
+        layout: Of the module.
+        descent: The local optimiser.
+        data: The clients, in the run's precision.
+
+    Raises:
+        UsageError: if ``vectorised`` was asked for and does not give the sequential numbers.
+    """
+    sequential = Sequential(module, layout, descent)
+    if runtime == "sequential" or (runtime == "auto" and not _is_faster_vectorised(module)):
+        return sequential
+    vectorised = Vectorised(module, layout, descent)
+    fault = _disagreement(vectorised, sequential, layout.read(module), _trial_batches(module, data))
+    if fault is None:
+        return vectorised
+    if runtime == "vectorised":
+        raise UsageError(
+            f"runtime 'vectorised' cannot run {type(module).__name__}: {fault}. Use runtime 'auto' or 'sequential'"
+        )
+    log.info("%s runs sequentially, because vectorised %s", type(module).__name__, fault)
+    return sequential
+
+
+def _is_faster_vectorised(module: nn.Module) -> bool:
+    convolutions = any(isinstance(part, nn.modules.conv._ConvNd) for part in module.modules())
+    return not convolutions and not is_batch_coupled(module) and not has_dropout(module)
+
+
+def _trial_batches(module: nn.Module, data: FederatedData) -> list[Batches]:
+    """One step of two clients; of unequal size where batches may be padded, so that padding is tried too."""
+    inputs, targets = data.clients[0].train
+    size = min(4, len(targets))
+    sizes = size, size if is_batch_coupled(module) else max(1, size - 1)
+    once = LocalTraining(steps=1)
+    return [
+        draw_batches(Examples(inputs[:n], targets[:n]), once, lr=1.0, seed=0, round_number=1, client=0) for n in sizes
+    ]
+
+
+def _disagreement(engine: Engine, reference: Engine, params: Tensor, batches: list[Batches]) -> str | None:
+    """Why `engine` cannot stand in for `reference`; None if both make the same step."""
+    arguments = [(params, steps) for steps in batches]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # torch warns where it would fall back to a slow loop
+            found = engine.map(lambda task, start, steps: start - task.train(start, steps), arguments)
+    except Exception as error:  # whatever torch.func says about a user's module
+        return f"it fails ({type(error).__name__}: {str(error).splitlines()[0][:200]})"
+    wanted = reference.map(lambda task, start, steps: start - task.train(start, steps), arguments)
+    close = all(
+        torch.allclose(a, b, rtol=0, atol=1e-3 * float(b.abs().max()) + 1e-6)
+        for a, b in zip(found, wanted, strict=True)
+    )
+    return None if close else "its numbers differ from the sequential ones: some layer looks across a batch"
