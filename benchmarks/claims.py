@@ -81,9 +81,7 @@ def tuned_rates(partition: str, folder: Path, processes: int) -> dict[str, float
 
 def measured(partition: str, rates: Mapping[str, float], folder: Path, processes: int) -> tuple[RunRecord, ...]:
     """The reported runs."""
-    tables = [
-        {**METHODS[label], "label": label, "training": {"lr": rates[label]}} for label in methods_of(partition)
-    ]
+    tables = [{**METHODS[label], "label": label, "training": {"lr": rates[label]}} for label in methods_of(partition)]
     return run_jobs(plan(base(partition), tables, SEEDS), folder, processes=processes)
 
 

@@ -2,7 +2,7 @@
 
 The server keeps d models Θ [d, P] and a row of logits per client, W [N, d]. In a round client i receives one merged
 model, θ_i = Σ_j A_ij Θ_j with A = softmax of the rows of W, trains it, and replies with g_i = θ_i before − after [P].
-From the g_i alone the server learns Θ and A and, once, after three rounds of plain averaging, how large d should be.
+From the g_i alone the server learns Θ and A and, once, after three rounds of averaging with momentum, how large d is.
 """
 
 import zlib
@@ -15,19 +15,18 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize, one_hot
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-Client = tuple[Tensor, Tensor, Tensor, Tensor]  # train inputs and labels, test inputs and labels
+Clients = list[tuple[Tensor, Tensor, Tensor, Tensor]]  # train inputs and labels, test inputs and labels
 
 
-def replies(net: nn.Module, theta: Tensor, clients: list[Client], t: int, seed: int, pull: float = 0.0) -> Tensor:
-    """g_i of every client in round t: two epochs of SGD on batches of 32, held back by ½ pull ‖θ − θ_i‖²."""
+def replies(net: nn.Module, theta: Tensor, clients: Clients, t: int, *, seed: int, pull: float = 0.0) -> Tensor:
+    """g_i of every client in round t: two epochs of SGD, batches of 32, held back by ½ pull ‖θ − θ_i‖²."""
     after = theta.clone()
     for i, (x, y, *_) in enumerate(clients):
         rng = np.random.default_rng([seed, zlib.crc32(b"batches"), t, i])
-        for order in [rng.permutation(len(y)) for _ in range(2)]:
-            for batch in np.split(order, range(32, len(y), 32)):
-                vector_to_parameters(after[i], net.parameters())
-                slopes = torch.autograd.grad(cross_entropy(net(x[batch]), y[batch]), list(net.parameters()))
-                after[i] -= 0.1 * (parameters_to_vector(slopes) + pull * (after[i] - theta[i]))
+        for batch in [part for _ in range(2) for part in np.split(rng.permutation(len(y)), range(32, len(y), 32))]:
+            vector_to_parameters(after[i], net.parameters())  # the network's tensors become views of row i
+            slopes = torch.autograd.grad(cross_entropy(net(x[batch]), y[batch]), list(net.parameters()))
+            after[i] -= 0.1 * (parameters_to_vector(slopes) + pull * (after[i] - theta[i]))
     return theta - after
 
 
@@ -40,9 +39,8 @@ def groups_of(h: Tensor) -> Tensor:
     cost = tree[:, 2] ** 2  # F(k): how much dearer the merge of k groups into k − 1 is than those before it
     F = {k: cost[n - k] / cost[: n - k].mean() for k in range(2, min(15, n - 2) + 2)}
     drop = {k: F[k] / F[k + 1] for k in list(F)[:-1]}
-    d = max(drop, key=lambda k: drop[k])  # the sharpest elbow; without a sharp one, the last merge that is still dear
-    if drop[d] < 2.5:
-        d = max(2, next((k for k in drop if F[k] <= 3), max(F)) - 1)
+    elbow = max(drop, key=lambda k: drop[k])  # the sharpest; without a sharp one, d grows as long as merges are dear
+    d = elbow if drop[elbow] >= 2.5 else max(2, next((k for k in drop if F[k] <= 3), max(F)) - 1)
     labels = fcluster(tree, d, "maxclust").tolist()
     return torch.tensor([list(dict.fromkeys(labels)).index(label) for label in labels])  # 0, 1, ... as they appear
 
@@ -53,11 +51,8 @@ def server_step(Theta: Tensor, W: Tensor, g: Tensor, p: Tensor) -> tuple[Tensor,
     q = g @ centred.T
     q = q - (W.softmax(1) * q).sum(1, keepdim=True)  # ⟨Θ_j − θ_i, g_i⟩: negative if client i walked towards model j
     largest, reach = q.abs().amax(1, keepdim=True), g.norm(dim=1, keepdim=True) * centred.norm(dim=1).max()
-    W = torch.where(
-        largest > 1e-6 * reach, 0.98 * (W - 0.2 * q / largest), W
-    )  # mirror descent; below is rounding noise
-    A = W.softmax(1)
-    a = p[:, None] * A / (p @ A)  # how much client i counts in model j: columns sum to 1
+    W = torch.where(largest > 1e-6 * reach, 0.98 * (W - 0.2 * q / largest), W)  # mirror descent, unless q is noise
+    a = p[:, None] * W.softmax(1) / (p @ W.softmax(1))  # how much client i counts in model j: columns sum to 1
     own, common = a.T @ g, p @ g
     spread = (a * (g[:, None] - own).square().sum(2)).sum(0) / (1 - a.square().sum(0))
     chance = spread * (a - p[:, None]).square().sum(0)  # ‖own − common‖² to be expected if all clients were alike
@@ -65,13 +60,13 @@ def server_step(Theta: Tensor, W: Tensor, g: Tensor, p: Tensor) -> tuple[Tensor,
     return W, common + keep[:, None] * (own - common)
 
 
-def run(clients: list[Client], net: nn.Module, rounds: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """FedMerge from the weights of `net` (float64): the final Θ and W. Client i uses softmax(W_i) @ Θ."""
+def run(clients: Clients, net: nn.Module, rounds: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """FedMerge from the weights of `net` (float64), all clients in every round: Θ and W; softmax(W) @ Θ is used."""
     sizes = torch.tensor([len(y) for _, y, *_ in clients]).double()
     Theta, W, p = parameters_to_vector(net.parameters()).detach()[None], 0 * sizes[:, None], sizes / sizes.sum()
     velocity, h = 0 * Theta, 0 * Theta
     for t in range(1, rounds + 1):
-        g = replies(net, W.softmax(1) @ Theta, clients, t, seed, pull=2 * 0.01)
+        g = replies(net, W.softmax(1) @ Theta, clients, t, seed=seed, pull=0.02)
         W, step = server_step(Theta, W, g, p)  # with one model: W stays 0 and the step is FedAvg's
         velocity = 0.5 * velocity + step
         Theta, h = Theta - velocity, h + g
@@ -81,13 +76,10 @@ def run(clients: list[Client], net: nn.Module, rounds: int, seed: int = 0) -> tu
     return Theta, W
 
 
-def accuracy(net: nn.Module, theta: Tensor, clients: list[Client]) -> list[float]:
-    """Share of right answers of each client's model θ_i on its own test examples."""
-    right = []
-    for own, (*_, x, y) in zip(theta, clients, strict=True):
-        vector_to_parameters(own, net.parameters())
-        right.append(float((net(x).argmax(1) == y).double().mean()))
-    return right
+def accuracy(net: nn.Module, theta: Tensor, x: Tensor, y: Tensor) -> float:
+    """Share of right answers of one model on one client's examples."""
+    vector_to_parameters(theta, net.parameters())
+    return float((net(x).argmax(1) == y).double().mean())
 
 
 if __name__ == "__main__":  # 20 clients with 50 digits to learn from; every five of them see the world turned further
@@ -95,6 +87,7 @@ if __name__ == "__main__":  # 20 clients with 50 digits to learn from; every fiv
     rows = torch.from_numpy(np.random.default_rng(0).permutation(len(y))[:1500].reshape(20, 75))
     seen = [torch.rot90(x[own].reshape(-1, 1, 8, 8) / 16, i // 5, (2, 3)) for i, own in enumerate(rows)]
     federation = [(z[:50], y[own[:50]], z[50:], y[own[50:]]) for z, own in zip(seen, rows, strict=True)]
+    torch.manual_seed(0)  # noqa: TID251 - stands alone, without the library's own draws
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)).double()
     fedavg = local = parameters_to_vector(net.parameters()).detach().repeat(20, 1)  # all three start from one model
     Theta, W = run(federation, net, rounds=60)
@@ -102,4 +95,5 @@ if __name__ == "__main__":  # 20 clients with 50 digits to learn from; every fiv
         fedavg = fedavg - replies(net, fedavg, federation, t, seed=0).mean(0)
         local = local - replies(net, local, federation, t, seed=0)
     for name, theta in {f"FedMerge, d = {len(Theta)}": W.softmax(1) @ Theta, "FedAvg": fedavg, "Local": local}.items():
-        print(f"{name:16}{100 * np.mean(accuracy(net, theta, federation)):.1f} % right on the clients' own test digits")
+        found = [accuracy(net, own, x, y) for own, (*_, x, y) in zip(theta, federation, strict=True)]
+        print(f"{name:16}{100 * np.mean(found):.1f} % right on the clients' own test digits")

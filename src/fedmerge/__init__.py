@@ -48,10 +48,10 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
+    "ClientData",
     "Comparison",
     "DataError",
     "Examples",
-    "ClientData",
     "FederatedData",
     "FedmergeError",
     "LocalTraining",

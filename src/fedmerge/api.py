@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-
 from torch import Tensor, nn
 
 from fedmerge.algorithms import ALGORITHMS
@@ -18,21 +20,27 @@ from fedmerge.core.options import build_options
 from fedmerge.core.protocol import Algorithm
 from fedmerge.core.registry import Registry
 from fedmerge.data import PARTITIONS, SOURCES, FederatedData, check_federation
-from fedmerge.experiment.config import Config, RunOptions, build_config
+from fedmerge.data.sources import Source
+from fedmerge.experiment.comparison import refuse_taken
+from fedmerge.experiment.config import Config, RunOptions, build_config, check_label, default_partition
 from fedmerge.experiment.execute import Outcome, Watcher, execute, execute_config
 from fedmerge.experiment.federation import load_data
-from fedmerge.experiment.record import RunRecord, read_run
-from fedmerge.experiment.simulation import models_now, one_thread
-from fedmerge.models import NETWORKS
+from fedmerge.experiment.record import RoundRecord, RunRecord, read_run
+from fedmerge.experiment.simulation import models_now, one_thread, prepare
+from fedmerge.models import NETWORKS, Network
 from fedmerge.report import Table, clients_frame, comparison_table, runs_frame, write_report
 from fedmerge.training import LocalTraining
 
-Data = FederatedData | str | Mapping[str, Any]
-Model = str | Mapping[str, Any] | nn.Module | Callable[[], nn.Module] | Any
+Data = FederatedData | Source | str | Mapping[str, Any]
+Partition = str | Mapping[str, Any] | Any | None
+Model = str | Mapping[str, Any] | nn.Module | Callable[[], nn.Module] | Network
 Method = str | Mapping[str, Any] | Algorithm[Any]
+Training = LocalTraining | Mapping[str, Any] | None
+Dealer = Callable[[int], FederatedData]
+"""The clients of a seed."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Run:
     """A finished run.
 
@@ -41,6 +49,10 @@ class Run:
     """
 
     outcome: Outcome
+
+    def __repr__(self) -> str:
+        record = self.record
+        return f"<Run {record.label!r}, seed {record.seed}: {record.status}, test accuracy {self.accuracy:.1%}>"
 
     @property
     def record(self) -> RunRecord:
@@ -51,7 +63,7 @@ class Run:
     def accuracy(self) -> float:
         """Mean test accuracy over clients at the round that validation selects, 0..1."""
         scores = self.record.selected().test
-        assert scores is not None  # noqa: S101 - selected rounds are evaluated
+        assert scores is not None
         return scores.mean_accuracy()
 
     def mixing(self) -> Tensor | None:
@@ -59,17 +71,17 @@ class Run:
         return self.outcome.setup.algorithm.mixing(self.outcome.progress.state)
 
     def client_model(self, client: str | int) -> nn.Module:
-        """The network that one client would deploy: its own merge, ready to use, in evaluation mode.
+        """The network that one client would deploy after the last round, ready to use, in evaluation mode.
 
         Args:
             client: Its name or index.
         """
         setup, names = self.outcome.setup, self.record.client_names
-        if client not in names and client not in range(len(names)):
-            raise UsageError(unknown_name("client", client, names))
-        index = client if isinstance(client, int) else names.index(client)
+        index = names.index(client) if isinstance(client, str) and client in names else client
+        if isinstance(index, bool) or not isinstance(index, Integral) or index not in range(len(names)):
+            raise UsageError(unknown_name("client", client, names) + f", or 0..{len(names) - 1}")
         with one_thread():
-            params = models_now(setup, self.outcome.progress)[index]
+            params = models_now(setup, self.outcome.progress)[int(index)]
         module = copy.deepcopy(setup.module)
         setup.layout.write(params, module)
         return module.eval()
@@ -83,7 +95,7 @@ class Run:
         return write_report([self.record], Path(target))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Comparison:
     """Several methods on the same data, seeds, cohorts and local budget.
 
@@ -92,6 +104,10 @@ class Comparison:
     """
 
     records: tuple[RunRecord, ...]
+
+    def __repr__(self) -> str:
+        labels = dict.fromkeys(record.label for record in self.records)
+        return f"<Comparison of {', '.join(labels)}: {len(self.records)} runs>"
 
     def frame(self) -> pd.DataFrame:
         """One row per run."""
@@ -113,10 +129,10 @@ class Comparison:
 def run(
     data: Data = "digits",
     *,
-    partition: str | Mapping[str, Any] = "class-clusters",
+    partition: Partition = None,
     model: Model = "mlp",
     method: Method = "fedmerge",
-    training: LocalTraining | Mapping[str, Any] | None = None,
+    training: Training = None,
     label: str = "",
     out: Path | str | None = None,
     watch: Watcher | None = None,
@@ -126,7 +142,7 @@ def run(
 
     Args:
         data: Your own clients (`fedmerge.data.from_arrays` and its siblings), or a source's name.
-        partition: How a source's items are dealt out; not used for your own clients.
+        partition: How a source's items are dealt out, 'rotations' by default; not for your own clients.
         model: A network's name, your module, or a function that makes one.
         method: A registered name, a table with options, or an algorithm object.
         training: Learning rate, batch size, epochs and the like.
@@ -145,26 +161,11 @@ def run(
     'finished'
     """
     faults: list[str] = []
-    run_options = build_options(RunOptions, options, "run", faults)
-    local = training if isinstance(training, LocalTraining) else build_options(
-        LocalTraining, training or {}, "training", faults
-    )
-    chosen_model = _built(NETWORKS, model, "model", faults)
-    chosen_method = _built(ALGORITHMS, method, "method", faults)
-    if faults or run_options is None or local is None:
+    deal = _dealer(data, partition, faults)
+    request = _request(method, model, training, options, label, faults)
+    if request is None or faults:
         raise UsageError("\n".join(faults))
-    federation = _federation(data, partition, run_options.seed)
-    outcome = execute(
-        chosen_method,
-        federation,
-        chosen_model,
-        local,
-        run_options,
-        label=label or ALGORITHMS.name_of(chosen_method),
-        folder=None if out is None else Path(out),
-        watch=watch,
-    )
-    return Run(outcome)
+    return _start(request, deal(request.options.seed), None if out is None else Path(out), watch)
 
 
 def compare(
@@ -172,70 +173,199 @@ def compare(
     *,
     methods: Sequence[Method] = ("fedmerge", "fedavg", "local", "fesem"),
     seeds: Sequence[int] = (0,),
+    partition: Partition = None,
+    model: Model = "mlp",
+    training: Training = None,
     out: Path | str | None = None,
-    watch: Callable[[str, int, Any], None] | None = None,
-    **arguments: Any,
+    watch: Callable[[str, int, RoundRecord], None] | None = None,
+    **options: Any,
 ) -> Comparison:
     """Runs several methods on the same clients, initial weights, cohorts and local budget, once per seed.
 
     Args:
         data: As for `run`. A source is dealt out anew for every seed; your own clients stay as they are.
-        methods: As for `run`. A table may also hold ``label`` and a ``training`` table of its own.
+        methods: As for `run`. A table may also hold ``label`` and a ``training`` table, whose entries replace those
+            of `training` for this method.
         seeds: Of the runs.
+        partition: As for `run`.
+        model: As for `run`.
+        training: As for `run`; shared by all methods.
         out: Folder that receives one run folder per method and seed.
         watch: Called with (label, seed, round record).
-        arguments: As for `run`.
+        options: As for `run`, but for ``seed`` and ``label``.
+
+    Raises:
+        UsageError: naming every fault of the request; nothing has been trained or written then.
+        DataError: if the data cannot be used.
     """
-    labels = [_label_of(method) for method in methods]
-    twice = {label for label in labels if labels.count(label) > 1}
-    if twice:
-        raise UsageError(f"methods: {', '.join(sorted(twice))} is there twice; give each a `label` of its own")
-    records = []
-    for seed in seeds:
-        federation = _federation(data, arguments.get("partition", "class-clusters"), seed)
-        for method, label in zip(methods, labels, strict=True):
-            bare, own = _without_own_settings(method)
-            merged = {**arguments, "seed": seed, "label": label, **({"training": own} if own else {})}
-            folder = None if out is None else Path(out) / f"{label}-seed{seed}"
-            tell = None if watch is None else _told(watch, label, seed)
-            records.append(run(federation, method=bare, out=folder, watch=tell, **merged).record)
-    return Comparison(tuple(records))
-
-
-def _told(watch: Callable[[str, int, Any], None], label: str, seed: int) -> Watcher:
-    return lambda record: watch(label, seed, record)
-
-
-def _label_of(method: Method) -> str:
-    if isinstance(method, str):
-        return method
-    if isinstance(method, Mapping):
-        return str(method.get("label", method.get("name", "?")))
-    return ALGORITHMS.name_of(method)
-
-
-def _without_own_settings(method: Method) -> tuple[Method, Mapping[str, Any] | None]:
-    if not isinstance(method, Mapping):
-        return method, None
-    return {k: v for k, v in method.items() if k not in ("label", "training")}, method.get("training")
-
-
-def _built(registry: Registry[Any], value: Any, where: str, faults: list[str]) -> Any:
-    if isinstance(value, str):
-        return registry.build({"name": value}, where, faults)
-    return registry.build(value, where, faults) if isinstance(value, Mapping) else value
-
-
-def _federation(data: Data, partition: str | Mapping[str, Any], seed: int) -> FederatedData:
-    if isinstance(data, FederatedData):
-        check_federation(data)
-        return data
-    faults: list[str] = []
-    source = _built(SOURCES, data, "data", faults)
-    dealer = _built(PARTITIONS, partition, "partition", faults)
+    faults = _faults_of_lists(methods, seeds, options)
+    deal = _dealer(data, partition, faults)
     if faults:
         raise UsageError("\n".join(faults))
-    return load_data(source, dealer, seed)
+    requests = [_variant(method, model, training, {**options, "seed": s}, faults) for s in seeds for method in methods]
+    ready = [request for request in requests if request is not None]
+    names = [request.name for request in ready]
+    faults += [f"two runs are called {n!r}; give each method a `label` of its own" for n in names if names.count(n) > 1]
+    if faults:
+        raise UsageError("\n".join(dict.fromkeys(faults)))
+    return Comparison(_run_all(ready, deal, None if out is None else Path(out), watch))
+
+
+@dataclass(frozen=True)
+class _Request:
+    """One run, checked but for what only the data can tell."""
+
+    method: Algorithm[Any]
+    model: Any
+    training: LocalTraining
+    options: RunOptions
+    label: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.label}-seed{self.options.seed}"
+
+
+def _request(
+    method: Any, model: Any, training: Any, options: Mapping[str, Any], label: Any, faults: list[str]
+) -> _Request | None:
+    """The run that the arguments describe; None if there is a fault."""
+    before = len(faults)
+    run_options = build_options(RunOptions, options, "run", faults)
+    local = _built_training(training, faults)
+    chosen_model = model if isinstance(model, nn.Module) or _is_function(model) else _built(NETWORKS, model, faults)
+    chosen_method = _built(ALGORITHMS, method, faults)
+    check_label(label, faults)
+    if len(faults) > before or run_options is None or local is None:
+        return None
+    return _Request(chosen_method, chosen_model, local, run_options, label or ALGORITHMS.name_of(chosen_method))
+
+
+def _variant(method: Any, model: Any, training: Any, options: Mapping[str, Any], faults: list[str]) -> _Request | None:
+    """The run of one method of a comparison, whose table may hold a label and training options of its own."""
+    if not isinstance(method, Mapping):
+        return _request(method, model, training, options, "", faults)
+    bare = {key: value for key, value in method.items() if key not in ("label", "training")}
+    return _request(bare, model, _merged(training, method.get("training")), options, method.get("label", ""), faults)
+
+
+def _merged(shared: Any, own: Any) -> Any:
+    """Training options with a method's own in place of the shared ones."""
+    plain = dataclasses.asdict(shared) if isinstance(shared, LocalTraining) else shared or {}
+    return {**plain, **own} if isinstance(plain, Mapping) and isinstance(own, Mapping) else own or plain
+
+
+def _start(request: _Request, data: FederatedData, folder: Path | None, watch: Watcher | None) -> Run:
+    return Run(
+        execute(
+            request.method,
+            data,
+            request.model,
+            request.training,
+            request.options,
+            label=request.label,
+            folder=folder,
+            watch=watch,
+        )
+    )
+
+
+def _run_all(
+    requests: Sequence[_Request],
+    deal: Dealer,
+    out: Path | None,
+    watch: Callable[[str, int, RoundRecord], None] | None,
+) -> tuple[RunRecord, ...]:
+    """Runs them seed by seed, after all of the first seed were prepared: what cannot start fails before any training."""
+    if out is not None:
+        refuse_taken([request.name for request in requests], out)
+    seed = requests[0].options.seed
+    data = deal(seed)
+    for request in (request for request in requests if request.options.seed == seed):
+        prepare(request.method, data, request.model, request.training, request.options)
+    records = []
+    for request in requests:
+        if request.options.seed != seed:
+            seed = request.options.seed
+            data = deal(seed)
+        folder = None if out is None else out / request.name
+        tell = None if watch is None else partial(watch, request.label, seed)
+        records.append(_start(request, data, folder, tell).record)
+    return tuple(records)
+
+
+def _faults_of_lists(methods: Any, seeds: Any, options: Mapping[str, Any]) -> list[str]:
+    faults = [
+        f"{key}: got one for a comparison; give {instead}"
+        for key, instead in (("seed", "`seeds`"), ("label", "each method a table with a `label`"))
+        if key in options
+    ]
+    for name, given, what in (("methods", methods, "methods"), ("seeds", seeds, "whole numbers")):
+        if isinstance(given, (str, Mapping)) or not isinstance(given, Sequence) or not given:
+            faults.append(f"{name}: got {given!r}; expected a list of {what}, at least one")
+        elif name == "seeds" and any(list(given).count(seed) > 1 for seed in given):
+            faults.append(f"seeds: got {list(given)}; expected each once")
+    return faults
+
+
+def _is_function(model: Any) -> bool:
+    """Whether it makes modules: any function or class, but for the class of a recipe."""
+    return callable(model) and not (isinstance(model, type) and dataclasses.is_dataclass(model))
+
+
+_WORKS: dict[str, str] = {"source": "load", "partition": "split", "model": "build", "method": "receive"}
+"""What an object of each kind can do."""
+
+
+def _built(registry: Registry[Any], value: Any, faults: list[str]) -> Any:
+    """The object that a name or table stands for, or the object itself."""
+    kind = registry.what
+    if isinstance(value, str):
+        return registry.build({"name": value}, kind, faults)
+    if isinstance(value, Mapping):
+        return registry.build(value, kind, faults)
+    if isinstance(value, type) or not dataclasses.is_dataclass(value) or not hasattr(value, _WORKS[kind]):
+        also = {"model": ", a torch.nn.Module, a function that makes one,", "source": ", your own clients"}.get(
+            kind, ""
+        )
+        faults.append(
+            f"{kind}: got {_brief(value)}; expected a name, a table with a name and options{also} or a {kind} object. "
+            f"Names: {', '.join(registry)}"
+        )
+    return value
+
+
+def _brief(value: Any) -> str:
+    return f"the class {value.__name__} itself" if isinstance(value, type) else f"a {type(value).__name__}"
+
+
+def _built_training(training: Any, faults: list[str]) -> LocalTraining | None:
+    if isinstance(training, LocalTraining):
+        return training
+    if training is not None and not isinstance(training, Mapping):
+        faults.append(f"training: got {_brief(training)}; expected a table or a LocalTraining")
+        return None
+    return build_options(LocalTraining, training or {}, "training", faults)
+
+
+def _dealer(data: Any, partition: Any, faults: list[str]) -> Dealer:
+    """How the clients of a seed come about; your own are the same for every seed."""
+    if isinstance(data, FederatedData):
+        if partition is not None:
+            faults.append("partition: got one for your own clients, who have their items already; leave it out")
+        return lambda _: _checked(data)
+    source = _built(SOURCES, data, faults)
+    default = default_partition(SOURCES.name_of(source))
+    wanted = default if partition is None else partition
+    if isinstance(wanted, Mapping) and "name" not in wanted:
+        wanted = {**default, **wanted}
+    dealt = _built(PARTITIONS, wanted, faults)
+    return lambda seed: load_data(source, dealt, seed)
+
+
+def _checked(data: FederatedData) -> FederatedData:
+    check_federation(data)
+    return data
 
 
 def run_config(table: Mapping[str, Any], *, out: Path | str | None = None, watch: Watcher | None = None) -> Run:

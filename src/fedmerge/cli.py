@@ -28,15 +28,16 @@ from rich.table import Table as Grid
 from fedmerge._version import __version__
 from fedmerge.algorithms import ALGORITHMS
 from fedmerge.core.errors import FedmergeError, UsageError, unknown_name
+from fedmerge.core.files import write_atomically
 from fedmerge.core.options import accepted_text, option_fields
 from fedmerge.core.registry import Registry
 from fedmerge.data import PARTITIONS, SOURCES, FolderOptions
 from fedmerge.data.sources import available, get
 from fedmerge.experiment.comparison import free_folder, plan, run_jobs
-from fedmerge.experiment.config import RunOptions, build_config, override, parse_value, read_toml
+from fedmerge.experiment.config import RunOptions, assign, build_config, override, parse_value, read_toml
 from fedmerge.experiment.execute import execute_config
 from fedmerge.experiment.federation import load_data
-from fedmerge.experiment.record import RoundRecord, RunRecord, read_run, write_atomically
+from fedmerge.experiment.record import RoundRecord, RunRecord, read_run
 from fedmerge.models import NETWORKS
 from fedmerge.report import Table, comparison_table, runs_frame, write_report
 from fedmerge.training import LocalTraining
@@ -49,8 +50,8 @@ _REGISTRIES: dict[str, Registry[Any]] = {
 }
 _OPTION_GROUPS: dict[str, type] = {"run": RunOptions, "training": LocalTraining, "folder": FolderOptions}
 
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+out = Console(highlight=False, soft_wrap=True, emoji=False)
+err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -65,6 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
     try:
+        _refuse_undecoded(words)
         options = _parser(words).parse_intermixed_args(words)
         command: Callable[[argparse.Namespace], None] = options.command
         command(options)
@@ -78,7 +80,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return 1
+    except OSError as error:  # a full disk, a lost folder
+        return _complain(FedmergeError(f"cannot read or write {error.filename or 'a file'}: {error.strerror}"), 1)
     return 0
+
+
+def _refuse_undecoded(words: Sequence[str]) -> None:
+    for word in words:
+        if not word.isprintable() and any(0xD800 <= ord(letter) < 0xE000 for letter in word):
+            raise UsageError(f"got {word!a}, which is not a text in this system's encoding; expected UTF-8")
 
 
 def _complain(error: FedmergeError, code: int) -> int:
@@ -166,7 +176,7 @@ def _word(value: Any) -> str:
     return str(list(value)) if isinstance(value, tuple) else str(value)
 
 
-def _compare_parser(parser: _Parser, words: Sequence[str]) -> None:  # noqa: ARG001
+def _compare_parser(parser: _Parser, words: Sequence[str]) -> None:
     parser.usage = "fedmerge compare [METHOD ...] [key=value ...] [options]"
     parser.add_argument(
         "words",
@@ -182,23 +192,25 @@ def _compare_parser(parser: _Parser, words: Sequence[str]) -> None:  # noqa: ARG
     parser.set_defaults(command=_compare)
 
 
-def _list_parser(parser: _Parser, words: Sequence[str]) -> None:  # noqa: ARG001
+def _list_parser(parser: _Parser, words: Sequence[str]) -> None:
     parser.add_argument("kind", nargs="?", help=f"one of {', '.join([*_REGISTRIES, *_OPTION_GROUPS])}")
     parser.add_argument("name", nargs="?", help="one entry, with its options")
     parser.add_argument("--markdown", action="store_true", help="everything of a kind as Markdown, for documentation")
     parser.set_defaults(command=_list)
 
 
-def _data_parser(parser: _Parser, words: Sequence[str]) -> None:  # noqa: ARG001
+def _data_parser(parser: _Parser, words: Sequence[str]) -> None:
     parser.usage = "fedmerge data {list | get NAME [key=value ...] | show [key=value ...] [--out PICTURE.svg]}"
-    parser.add_argument("action", choices=["list", "get", "show"], help="list sources, fetch one, or deal one out and draw it")
+    parser.add_argument(
+        "action", choices=["list", "get", "show"], help="list sources, fetch one, or deal one out and draw it"
+    )
     parser.add_argument("words", nargs="*", metavar="NAME or key=value")
     parser.add_argument("--config", metavar="FILE", help="TOML file to start from (show)")
     parser.add_argument("--out", metavar="FILE", help="picture to write (show; default partition.svg)")
     parser.set_defaults(command=_data)
 
 
-def _report_parser(parser: _Parser, words: Sequence[str]) -> None:  # noqa: ARG001
+def _report_parser(parser: _Parser, words: Sequence[str]) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders, or folders that hold them")
     parser.add_argument("--out", metavar="FILE", default="report.html", help="page to write (default report.html)")
     parser.add_argument("--reference", help="method that the others are compared with")
@@ -220,19 +232,24 @@ def _split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
 def _run(options: argparse.Namespace) -> None:
     names, settings = _split_words(options.words)
     if len(names) > 1:
-        raise UsageError(f"got several methods ({', '.join(names)}); `fedmerge run` takes one, `fedmerge compare` several")
+        raise UsageError(
+            f"got several methods ({', '.join(names)}); `fedmerge run` takes one, `fedmerge compare` several"
+        )
     own = {key: value for key, value in vars(options).items() if key.startswith("method.") and value is not None}
     settings = [f"method={name}" for name in names] + settings + [f"{key}={value}" for key, value in own.items()]
-    if options.label:
-        settings.append(f'label="{options.label}"')
-    config = build_config(override(read_toml(options.config) if options.config else {}, settings))
-    folder = Path(options.out) if options.out else free_folder(Path("runs"), f"{config.name}-seed{config.run.seed}")
+    table = override(_table_from(options.config), settings)
+    config = build_config(table if options.label is None else {**table, "label": options.label})
+    folder = (
+        Path(options.out)
+        if options.out is not None
+        else free_folder(Path("runs"), f"{config.name}-seed{config.run.seed}")
+    )
     with _progress(options.quiet, config.run.rounds, 1) as report:
         outcome = execute_config(config, folder=folder, watch=lambda record: _watched(report, config.name, record))
     record = outcome.record
     page = write_report([record], folder / "report.html")
     _print_table(comparison_table([record]))
-    out.print(f"run     {folder}\nreport  {page}")
+    out.print(f"run     {folder}\nreport  {page}", markup=False)
 
 
 def _watched(report: Callable[[str, int, str], None], name: str, record: RoundRecord) -> None:
@@ -242,21 +259,34 @@ def _watched(report: Callable[[str, int, str], None], name: str, record: RoundRe
 
 def _compare(options: argparse.Namespace) -> None:
     names, settings = _split_words(options.words)
-    base = override(read_toml(options.config) if options.config else {}, settings)
-    from_file, from_file_seeds = base.pop("methods", None), base.pop("seeds", None)
-    methods = [_method_of(name) for name in names] or from_file or ["fedmerge", "fedavg", "local", "fesem"]
-    seeds = _seeds(options.seeds) if options.seeds else from_file_seeds or [base.get("seed", 0)]
-    jobs = plan(base, methods, seeds)
+    file = _table_from(options.config)
+    if names or "methods" in file:  # the methods are said: a run's own configuration may serve as the setting
+        file = {key: value for key, value in file.items() if key not in ("method", "label")}
+    base = override(file, settings)
+    from_file, from_file_seeds = base.pop("methods", _METHODS), base.pop("seeds", None)
+    methods = [_method_of(name) for name in names] or from_file
+    seeds = [base.get("seed", 0)] if from_file_seeds is None else from_file_seeds
+    jobs = plan(base, methods, seeds if options.seeds is None else _seeds(options.seeds))
     if options.jobs < 1:
         raise UsageError(f"--jobs: got {options.jobs}; expected a whole number >= 1")
-    folder = Path(options.out) if options.out else free_folder(Path("runs"), "comparison")
+    labels = {job.config.name for job in jobs}
+    if options.reference is not None and options.reference not in labels:
+        raise UsageError(unknown_name("reference", options.reference, labels))
+    folder = Path(options.out) if options.out is not None else free_folder(Path("runs"), "comparison")
     with _progress(options.quiet, jobs[0].config.run.rounds, len(jobs)) as report:
         records = run_jobs(jobs, folder, processes=options.jobs, report=lambda name, done: report(name, done, ""))
     page = write_report(records, folder / "report.html", reference=options.reference)
     table = comparison_table(records, reference=options.reference)
     write_atomically(folder / "table.md", table.markdown())
     _print_table(table)
-    out.print(f"runs    {folder}\nreport  {page}")
+    out.print(f"runs    {folder}\nreport  {page}", markup=False)
+
+
+_METHODS = ["fedmerge", "fedavg", "local", "fesem"]
+
+
+def _table_from(config: str | None) -> dict[str, Any]:
+    return {} if config is None else read_toml(config)
 
 
 def _method_of(word: str) -> Mapping[str, Any]:
@@ -267,27 +297,26 @@ def _method_of(word: str) -> Mapping[str, Any]:
         key, equals, text = assignment.partition("=")
         if not equals:
             raise UsageError(f"got {word!r}; expected METHOD or METHOD:key=value,key=value")
-        part, _, inner = key.partition(".")
-        if inner:
-            table.setdefault(part, {})[inner] = parse_value(text)
-        else:
-            table[key] = parse_value(text)
+        assign(table, key.split("."), parse_value(text), word)
     return table
+
+
+_MOST_SEEDS = 1000
 
 
 def _seeds(text: str) -> list[int]:
     try:
         first, dash, last = text.partition("-")
-        seeds = list(range(int(first), int(last) + 1)) if dash else [int(word) for word in text.split(",")]
+        seeds = range(int(first), int(last) + 1) if dash else [int(word) for word in text.split(",")]
     except ValueError:
         seeds = []
-    if not seeds:
-        raise UsageError(f"--seeds: got {text!r}; expected whole numbers such as 0,1,2 or a range such as 0-4")
-    return seeds
+    if not 0 < len(seeds) <= _MOST_SEEDS:
+        raise UsageError(f"--seeds: got {text!r}; expected up to {_MOST_SEEDS} whole numbers, 0,1,2 or 0-4")
+    return list(seeds)
 
 
 @contextmanager
-def _progress(quiet: bool, rounds: int, runs: int) -> Iterator[Callable[[str, int, str], None]]:  # noqa: FBT001
+def _progress(quiet: bool, rounds: int, runs: int) -> Iterator[Callable[[str, int, str], None]]:
     """A bar with ETA on a terminal; elsewhere a line at every tenth of the way."""
     done: dict[str, int] = {}
     total = rounds * runs
@@ -308,31 +337,45 @@ def _progress(quiet: bool, rounds: int, runs: int) -> Iterator[Callable[[str, in
             nonlocal tenth
             done[name] = max(done.get(name, 0), round_number)
             completed = sum(done.values())
-            bar.update(task, completed=completed, description=f"{name} {score}".strip())
+            bar.update(task, completed=completed, description=escape(f"{name} {score}".strip()))
             if not quiet and not err.is_terminal and completed * 10 // total > tenth:
                 tenth = completed * 10 // total
-                err.print(f"{completed}/{total} rounds, {name} {score}".rstrip())
+                err.print(f"{completed}/{total} rounds, {name} {score}".rstrip(), markup=False)
 
         yield report
 
 
-_TERMINAL_COLUMNS = ("Method", "Setting", "Mean", "To ", "p ", "Worst tenth", "Fine-tuned", "Last round")
+_TERMINAL_COLUMNS = ("Setting", "Method", "Mean", "To ", "p", "Fine-tuned", "Worst tenth", "Last round", "Below Local")
+"""By their beginnings, the most important first."""
 
 
 def _print_table(table: Table) -> None:
-    """The columns that fit a terminal; the report has them all."""
-    shown = [i for i, column in enumerate(table.columns) if column.title.startswith(_TERMINAL_COLUMNS)]
+    """As many columns as the terminal is wide, the most important first; the report has them all."""
+    texts = table.texts()
+    headings = [column.title.replace(" (", "\n(") for column in table.columns]
     grid = Grid(box=SIMPLE_HEAD, padding=(0, 1))
+    shown = _fitting(headings, texts, out.width)
     for i in shown:
-        title, _, unit = table.columns[i].title.partition(" (")
-        heading = escape(title) + (f"\n({escape(unit)}" if unit else "")
-        grid.add_column(heading, justify="right" if i else "left", no_wrap=i == 0)
-    for row in table.texts():
+        grid.add_column(
+            escape(headings[i]), justify="left" if table.columns[i].unit == "text" else "right", no_wrap=True
+        )
+    for row in texts:
         grid.add_row(*(escape(row[i]) for i in shown))
     out.print(f"[bold]{escape(table.caption)}[/]")
     out.print(grid)
     for note in table.notes:
         out.print(f"  {escape(note)}", style="dim")
+
+
+def _fitting(headings: Sequence[str], texts: Sequence[Sequence[str]], room: int) -> list[int]:
+    """The most important columns that fit side by side; the first two are always there."""
+    ranked = [i for start in _TERMINAL_COLUMNS for i, heading in enumerate(headings) if heading.startswith(start)]
+    shown: list[int] = []
+    for i in ranked:
+        room -= max(len(line) for line in [*headings[i].splitlines(), *(row[i] for row in texts)]) + 2
+        if room >= 0 or len(shown) < 2:
+            shown.append(i)
+    return shown
 
 
 # ------------------------------------------------------------------------------------------------ list, data, report
@@ -342,6 +385,8 @@ def _list(options: argparse.Namespace) -> None:
     kinds = [*_REGISTRIES, *_OPTION_GROUPS]
     if options.kind is not None and options.kind not in kinds:
         raise UsageError(unknown_name("kind", options.kind, kinds))
+    if options.name is not None and (options.markdown or options.kind in _OPTION_GROUPS):
+        raise UsageError(f"got {options.name!r} beside all of {options.kind!r}; leave out the name or --markdown")
     if options.markdown:
         out.print(markdown_of(options.kind or "methods"), markup=False)
     elif options.kind in _OPTION_GROUPS:
@@ -402,10 +447,14 @@ def _options_markdown(cls: type) -> str:
 
 
 def _data(options: argparse.Namespace) -> None:
+    ignored = [options.config and "--config", options.out and "--out"] if options.action != "show" else []
+    ignored += options.words if options.action == "list" else []
+    if any(ignored):
+        raise UsageError(f"`fedmerge data {options.action}` takes no {' '.join(filter(None, ignored))}")
     {"list": _data_list, "get": _data_get, "show": _data_show}[options.action](options)
 
 
-def _data_list(options: argparse.Namespace) -> None:  # noqa: ARG001
+def _data_list(options: argparse.Namespace) -> None:
     grid = Grid("source", "what", "MB", "licence", "here", "needs")
     for name in SOURCES:
         listing = available(name)
@@ -424,16 +473,20 @@ def _data_get(options: argparse.Namespace) -> None:
     with Progress(SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), console=err, transient=True) as bar:
         task = bar.add_task("starting", total=None)
         pool = get(
-            names[0], chosen, progress=lambda text, done, total: bar.update(task, description=text, completed=done, total=total)
+            names[0],
+            chosen,
+            progress=lambda text, done, total: bar.update(task, description=text, completed=done, total=total),
         )
     shape = " x ".join(str(size) for size in pool.inputs.shape[1:])
-    out.print(f"{escape(pool.name)}: {len(pool):,} items of {shape}, {len(pool.class_names)} classes, sha256 {pool.sha256()[:16]}")
+    out.print(
+        f"{escape(pool.name)}: {len(pool):,} items of {shape}, {len(pool.class_names)} classes, sha256 {pool.sha256()[:16]}"
+    )
 
 
 def _data_show(options: argparse.Namespace) -> None:
-    from fedmerge.data.picture import partition_svg  # noqa: PLC0415 - only this command draws
+    from fedmerge.data.picture import partition_svg
 
-    table = override(read_toml(options.config) if options.config else {}, options.words)
+    table = override(_table_from(options.config), options.words)
     config = build_config(table)
     data = load_data(config.source, config.partition, config.run.seed)
     target = Path(options.out or "partition.svg")
@@ -442,9 +495,8 @@ def _data_show(options: argparse.Namespace) -> None:
     except OSError as error:
         raise UsageError(f"cannot write {target}: {error.strerror}") from error
     sizes = [client.num_train for client in data.clients]
-    out.print(
-        f"{escape(data.source)}: {len(sizes)} clients, {min(sizes)} to {max(sizes)} training items each\npicture {target}"
-    )
+    out.print(f"{data.source}: {len(sizes)} clients, {min(sizes)} to {max(sizes)} training items each", markup=False)
+    out.print(f"picture {target}", markup=False)
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -460,7 +512,7 @@ def _report(options: argparse.Namespace) -> None:
     except OSError as error:
         raise UsageError(f"cannot write the report: {error}") from error
     _print_table(table)
-    out.print(f"report  {page}")
+    out.print(f"report  {page}", markup=False)
 
 
 def _records_below(place: Path) -> list[RunRecord]:

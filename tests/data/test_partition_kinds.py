@@ -260,7 +260,7 @@ def test_drawn_counts_stay_within_the_stock_or_there_is_none(available, total, s
 
 
 def test_a_domain_uses_all_of_its_items_but_what_does_not_divide():
-    """300 items in each of four domains: 45 validation and 75 test items, as 0.15 and 0.25 of 60 items per class or so."""
+    """Each of the four domains draws the same 300 items: 0.25 of them, 75, are for the test, class by class."""
     pool = random_pool(copies=4)
     clients = split("domain", pool, clients_per_domain=7).clients
     for first in clients[::7]:

@@ -45,12 +45,12 @@ def averaged(
     return moved(state, weighted_sum(share, update.delta), lr=lr, momentum=momentum)
 
 
-def nothing_private(self: Any, params: Float[Tensor, " P"]) -> tuple[()]:  # noqa: ARG001
+def nothing_private(self: Any, params: Float[Tensor, " P"]) -> tuple[()]:
     """``start`` of a method whose clients keep nothing between rounds."""
     return ()
 
 
-def as_received(self: Any, down: Tensor, local: Any, batches: Batches, task: Task) -> Tensor:  # noqa: ARG001
+def as_received(self: Any, down: Tensor, local: Any, batches: Batches, task: Task) -> Tensor:
     """``personal`` of a method whose clients use the model that they receive."""
     return down
 
@@ -59,12 +59,12 @@ def no_mixing(self: Any, state: Any) -> None:
     """``mixing`` of a method with one model, or without server models."""
 
 
-def one_model(self: Any, state: Models) -> dict[str, Any]:  # noqa: ARG001
+def one_model(self: Any, state: Models) -> dict[str, Any]:
     """``describe`` of a method with one model."""
     return {"num_models": len(state.models)}
 
 
-def to_everyone(self: Any, state: Models, clients: Int[Tensor, " C"]) -> Float[Tensor, "C P"]:  # noqa: ARG001
+def to_everyone(self: Any, state: Models, clients: Int[Tensor, " C"]) -> Float[Tensor, "C P"]:
     """``send`` of a method with one model."""
     return state.models.expand(len(clients), -1)
 
@@ -80,6 +80,6 @@ def one_vector_each_way(models: Float[Tensor, "d P"], *, server_floats: int, ext
     return Cost(bytes_down=size, bytes_up=size + extra_up, server_floats=server_floats)
 
 
-def averaging_cost(self: Any, state: Models) -> Cost:  # noqa: ARG001
+def averaging_cost(self: Any, state: Models) -> Cost:
     """``cost`` of the averaging methods."""
     return one_vector_each_way(state.models, server_floats=state.models.numel() + state.velocity.numel())

@@ -29,7 +29,7 @@ class FedAvg:
     def __post_init__(self) -> None:
         check_options(self)
 
-    def init(self, draw: Draw, federation: Federation, seed: int) -> _parts.Models:  # noqa: ARG002
+    def init(self, draw: Draw, federation: Federation, seed: int) -> _parts.Models:
         """The first draw."""
         return _parts.fresh(draw(0)[None])
 
@@ -42,7 +42,7 @@ class FedAvg:
     def receive(
         self,
         state: _parts.Models,
-        clients: Int[Tensor, " C"],  # noqa: ARG002
+        clients: Int[Tensor, " C"],
         update: Update,
         num_examples: Int[Tensor, " C"],
     ) -> _parts.Models:

@@ -84,13 +84,21 @@ class FedMerge:
     """
 
     num_models: int | None = option(None, at_least=1, help="d; found from the data where initial is 'split'")
-    rule: Rule = option("mirror", help="how the merging weights move")  # noqa: RUF009 - makes a field
-    initial: Literal["split", "noise", "independent"] | None = option(None, help="how models come to differ (mirror split, official independent, else noise)")
-    scope: Literal["all", "head"] | None = option(None, help="inner products that move the weights (all, official head)")
+    rule: Rule = option("mirror", help="how the merging weights move")
+    initial: Literal["split", "noise", "independent"] | None = option(
+        None, help="how models come to differ (mirror split, official independent, else noise)"
+    )
+    scope: Literal["all", "head"] | None = option(
+        None, help="layers that move the weights (all, official head)"
+    )
     rows: Literal["model", "body-head", "layer"] = option("model", help="parts of the network with rows of their own")
     order: Literal["weights-first", "together"] = option("weights-first", help="whether models see the new weights")
-    mixing_lr: float | None = option(None, above=0, help="step size of the rule (mirror 0.2, gradient 1, adam 0.1, official 0.01)")
-    decay: float | None = option(None, at_least=0, below=1, help="pull of the logits towards uniform (mirror 0.02, others none)")
+    mixing_lr: float | None = option(
+        None, above=0, help="step size of the rule (mirror 0.2, gradient 1, adam 0.1, official 0.01)"
+    )
+    decay: float | None = option(
+        None, at_least=0, below=1, help="pull of the logits towards uniform (mirror 0.02, others none)"
+    )
     momentum: float | None = option(None, at_least=0, below=1, help="server momentum of the models (0.5, official 0)")
     shrinkage: float | None = option(None, at_least=0, help="of the updates towards the common one (0.3, official 0)")
     proximal: float = option(0.01, at_least=0, help="pull of local training, proximal * |theta - start|^2, no 1/2")
@@ -148,7 +156,7 @@ class FedMerge:
 
     # ---------------------------------------------------------------- server
 
-    def init(self, draw: Draw, federation: Federation, seed: int) -> State:  # noqa: ARG002
+    def init(self, draw: Draw, federation: Federation, seed: int) -> State:
         """One model where the structure is searched for, else d models that differ.
 
         Raises:
@@ -180,7 +188,7 @@ class FedMerge:
     def _first_models(self, draw: Draw, T: int) -> Float[Tensor, "d P"]:
         if self.initial == "split" or self.num_models == 1:
             return draw(0)[None]
-        assert self.num_models is not None  # noqa: S101 - set in __post_init__ for these starts
+        assert self.num_models is not None
         if self.initial == "independent":
             return torch.stack([draw(j) for j in range(self.num_models)])
         models = draw(0).repeat(self.num_models, 1)

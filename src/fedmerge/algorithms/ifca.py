@@ -57,7 +57,7 @@ class Ifca:
     def __post_init__(self) -> None:
         check_options(self)
 
-    def init(self, draw: Draw, federation: Federation, seed: int) -> Clusters:  # noqa: ARG002
+    def init(self, draw: Draw, federation: Federation, seed: int) -> Clusters:
         """Different draws for different models."""
         if self.num_models > federation.num_clients:
             raise UsageError(
@@ -82,7 +82,7 @@ class Ifca:
     def personal(
         self,
         down: Float[Tensor, "d P"],
-        local: tuple[()],  # noqa: ARG002
+        local: tuple[()],
         batches: Batches,
         task: Task,
     ) -> Float[Tensor, " P"]:

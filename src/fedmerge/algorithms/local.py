@@ -33,7 +33,7 @@ class Local:
     Sends nothing; each client keeps its own model (P) between rounds.
     """
 
-    def init(self, draw: Draw, federation: Federation, seed: int) -> NoState:  # noqa: ARG002
+    def init(self, draw: Draw, federation: Federation, seed: int) -> NoState:
         """Nothing."""
         return NoState(torch.empty(federation.num_clients, 0))
 
@@ -41,13 +41,13 @@ class Local:
         """The common first draw, as for every other method."""
         return params
 
-    def send(self, state: NoState, clients: Int[Tensor, " C"]) -> tuple[()]:  # noqa: ARG002
+    def send(self, state: NoState, clients: Int[Tensor, " C"]) -> tuple[()]:
         """Nothing."""
         return ()
 
     def train(
         self,
-        down: tuple[()],  # noqa: ARG002
+        down: tuple[()],
         local: Float[Tensor, " P"],
         batches: Batches,
         task: Task,
@@ -58,28 +58,28 @@ class Local:
     def receive(
         self,
         state: NoState,
-        clients: Int[Tensor, " C"],  # noqa: ARG002
-        update: Update,  # noqa: ARG002
-        num_examples: Int[Tensor, " C"],  # noqa: ARG002
+        clients: Int[Tensor, " C"],
+        update: Update,
+        num_examples: Int[Tensor, " C"],
     ) -> NoState:
         """Nothing."""
         return state
 
     def personal(
         self,
-        down: tuple[()],  # noqa: ARG002
+        down: tuple[()],
         local: Float[Tensor, " P"],
-        batches: Batches,  # noqa: ARG002
-        task: Task,  # noqa: ARG002
+        batches: Batches,
+        task: Task,
     ) -> Float[Tensor, " P"]:
         """The client's own model."""
         return local
 
-    def cost(self, state: NoState) -> Cost:  # noqa: ARG002
+    def cost(self, state: NoState) -> Cost:
         """Nothing travels."""
         return Cost(bytes_down=0, bytes_up=0, server_floats=0)
 
-    def describe(self, state: NoState) -> dict[str, Any]:  # noqa: ARG002
+    def describe(self, state: NoState) -> dict[str, Any]:
         """No server models."""
         return {"num_models": 0}
 

@@ -44,7 +44,7 @@ class Oracle:
     def __post_init__(self) -> None:
         check_options(self)
 
-    def init(self, draw: Draw, federation: Federation, seed: int) -> Groups:  # noqa: ARG002
+    def init(self, draw: Draw, federation: Federation, seed: int) -> Groups:
         """The first draw for every group.
 
         Raises:

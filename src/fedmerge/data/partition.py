@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 import torch
 
 from fedmerge.core.errors import DataError
+from fedmerge.core.files import write_atomically
 from fedmerge.core.options import build_options
 from fedmerge.data.federated import ClientData, Examples, FederatedData, check_federation
 from fedmerge.data.pool import Ints, Pool
@@ -109,12 +109,7 @@ class Partition:
     def save(self, path: Path | str) -> None:
         """Writes the partition so that a reader sees all of it or nothing."""
         text = _canonical({**self.plain(), "sha256": self.sha256()}) + "\n"
-        temporary = Path(path).with_name(Path(path).name + ".part")
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        write_atomically(Path(path), text)
 
     @classmethod
     def load(cls, path: Path | str) -> Partition:

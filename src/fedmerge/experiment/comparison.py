@@ -101,7 +101,9 @@ def _table_of(base: Mapping[str, Any], method: str | Mapping[str, Any], seed: in
     return table | {"label": own.pop("label", ""), "training": training, "method": own}
 
 
-def run_jobs(jobs: Sequence[Job], out: Path, *, processes: int = 1, report: Report | None = None) -> tuple[RunRecord, ...]:
+def run_jobs(
+    jobs: Sequence[Job], out: Path, *, processes: int = 1, report: Report | None = None
+) -> tuple[RunRecord, ...]:
     """Runs every job into a folder of its own below `out`.
 
     Args:
@@ -113,16 +115,21 @@ def run_jobs(jobs: Sequence[Job], out: Path, *, processes: int = 1, report: Repo
     Raises:
         UsageError: if a run's folder exists already or a run cannot start; nothing has been written then.
     """
-    _refuse_taken(jobs, out)
+    refuse_taken([job.name for job in jobs], out)
     data = _rehearsed(jobs)
     if processes == 1 or len(jobs) == 1:
         return _one_by_one(jobs, data, out, report)
     return _spread(jobs, out, processes, report)
 
 
-def _refuse_taken(jobs: Sequence[Job], out: Path) -> None:
+def refuse_taken(names: Sequence[str], out: Path) -> None:
+    """Refuses run folders that exist already.
+
+    Raises:
+        UsageError: naming those that are there below `out`.
+    """
     try:
-        taken = [job.name for job in jobs if (out / job.name).exists()]
+        taken = [name for name in names if (out / name).exists()]
     except (OSError, ValueError) as error:
         raise UsageError(f"cannot write run folders below {out}: {getattr(error, 'strerror', error)}") from error
     if taken:
@@ -138,9 +145,7 @@ def _rehearsed(jobs: Sequence[Job]) -> FederatedData:
     return data
 
 
-def _one_by_one(
-    jobs: Sequence[Job], data: FederatedData, out: Path, report: Report | None
-) -> tuple[RunRecord, ...]:
+def _one_by_one(jobs: Sequence[Job], data: FederatedData, out: Path, report: Report | None) -> tuple[RunRecord, ...]:
     """`data` are the clients of the first job's seed."""
     records, seed = [], jobs[0].config.run.seed
     for job in jobs:
@@ -200,4 +205,3 @@ def free_folder(parent: Path, name: str) -> Path:
         number += 1
         folder = parent / f"{name}-{number}"
     return folder
-

@@ -226,7 +226,9 @@ def _chosen(kind: str, table: Mapping[str, Any], faults: list[str]) -> Any:
         if "partition" in table:
             faults.append("partition: got one for source 'folder', whose files are the clients; leave it out")
         return None
-    return _CHOICES[kind].build(given if "name" in given else {**_default(kind, _source_name(table)), **given}, kind, faults)
+    return _CHOICES[kind].build(
+        given if "name" in given else {**_default(kind, _source_name(table)), **given}, kind, faults
+    )
 
 
 def _default(kind: str, source_name: Any) -> Table:
@@ -262,7 +264,9 @@ def to_table(config: Config) -> Table:
 def plain_options(options: Any) -> Table:
     """An options dataclass as plain values, None left out."""
     plain = {f.name: getattr(options, f.name) for f in dataclasses.fields(options) if f.init}
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in plain.items() if value is not None}
+    return {
+        key: list(value) if isinstance(value, tuple) else value for key, value in plain.items() if value is not None
+    }
 
 
 def config_text(config: Config) -> str:

@@ -101,7 +101,7 @@ def execute(
     collected: list[RoundRecord] = []
     try:
         with one_thread():
-            for progress, line in rounds(setup, progress):  # noqa: B020, PLR1704 - the state moves on
+            for progress, line in rounds(setup, progress):
                 collected.append(line)
                 if folder is not None:
                     append_round(folder, line)
@@ -158,8 +158,9 @@ def _new_record(setup: Setup, data: FederatedData, model: Any, label: str) -> Ru
 
 
 def _model_text(model: Any) -> str:
-    options = plain_options(model) if hasattr(model, "build") else {}
-    name = type(model).__name__ if not callable(model) or hasattr(model, "build") else getattr(model, "__name__", type(model).__name__)
+    if callable(model):  # a module, a class or a function
+        return str(getattr(model, "__name__", type(model).__name__))
+    options, name = plain_options(model), type(model).__name__
     return name + (f"({', '.join(f'{key}={value}' for key, value in options.items())})" if options else "")
 
 

@@ -38,9 +38,7 @@ def in_precision(data: FederatedData, dtype: torch.dtype) -> FederatedData:
         return Examples(examples.inputs.to(dtype), examples.targets)
 
     def cast_client(client: ClientData) -> ClientData:
-        return replace(
-            client, train=cast(client.train), validation=cast(client.validation), test=cast(client.test)
-        )
+        return replace(client, train=cast(client.train), validation=cast(client.validation), test=cast(client.test))
 
     return replace(data, clients=tuple(cast_client(client) for client in data.clients))
 
@@ -57,7 +55,9 @@ def channels_last(data: FederatedData) -> FederatedData:
     return replace(data, clients=tuple(clients))
 
 
-def make_module(model: Any, data: FederatedData, seed: int, draw: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
+def make_module(
+    model: Any, data: FederatedData, seed: int, draw: int = 0, dtype: torch.dtype = torch.float32
+) -> nn.Module:
     """The `draw`-th fresh network of a run; the same for every method.
 
     Args:
@@ -71,10 +71,10 @@ def make_module(model: Any, data: FederatedData, seed: int, draw: int = 0, dtype
     with fresh_module_randomness(seed, "initial weights", draw):
         if isinstance(model, nn.Module):
             module = copy.deepcopy(model) if draw == 0 else _redrawn(model)
-        elif hasattr(model, "build"):
-            module = model.build(data.input_shape, data.num_classes)
         elif callable(model):
             module = model()
+        elif hasattr(model, "build"):
+            module = model.build(data.input_shape, data.num_classes)
         else:
             raise UsageError(
                 f"model: got a {type(model).__name__}; expected a name, a torch.nn.Module, or a function that makes one"

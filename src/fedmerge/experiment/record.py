@@ -13,10 +13,8 @@ A run folder holds::
 from __future__ import annotations
 
 import dataclasses
-import errno
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +23,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 
 from fedmerge.core.errors import FedmergeError
+from fedmerge.core.files import write_atomically
 from fedmerge.core.options import build_options
 
 T = TypeVar("T")
@@ -173,26 +172,6 @@ def to_plain(value: Any) -> Any:
     return value
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a text file so that a reader never sees half of it.
-
-    Raises:
-        OSError: if it cannot be written; nothing is left behind then.
-    """
-    if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    temporary = path.with_name(path.name + ".part")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
 def write_run(folder: Path, run: RunRecord) -> None:
     """Writes ``run.json`` (without rounds)."""
     plain = to_plain(dataclasses.replace(run, rounds=()))
@@ -217,7 +196,7 @@ def _parsed(text: str) -> dict[str, Any]:
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
     if not isinstance(plain, dict):
-        raise ValueError(f"got {str(plain)[:40]!r}; expected a JSON object")  # noqa: TRY004 - the text is at fault
+        raise ValueError(f"got {str(plain)[:40]!r}; expected a JSON object")
     return plain
 
 

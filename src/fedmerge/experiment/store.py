@@ -15,11 +15,11 @@ from torch.utils._pytree import tree_leaves
 
 from fedmerge._version import __version__
 from fedmerge.core.errors import UsageError
+from fedmerge.core.files import write_atomically
 from fedmerge.core.protocol import state_tensors
 from fedmerge.data import FederatedData
 from fedmerge.data.picture import partition_svg
 from fedmerge.experiment.config import Config, config_text
-from fedmerge.experiment.record import write_atomically
 from fedmerge.experiment.simulation import Progress
 
 
@@ -60,7 +60,9 @@ def write_models(folder: Path, progress: Progress) -> None:
             tensors[f"buffers.{i}"] = buffers
     path = folder / "models.safetensors"
     temporary = path.with_name(path.name + ".part")
-    save_file({name: _own_memory(tensor) for name, tensor in tensors.items()}, temporary, {"round": str(progress.round)})
+    save_file(
+        {name: _own_memory(tensor) for name, tensor in tensors.items()}, temporary, {"round": str(progress.round)}
+    )
     temporary.replace(path)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fedmerge.core.errors import UsageError
-from fedmerge.core.protocol import Batches
+from fedmerge.core.protocol import Batches, Task
 from fedmerge.core.randomness import fresh_module_randomness
 from fedmerge.core.vector import Layout
 from fedmerge.data import ClientData, Examples, FederatedData
@@ -69,9 +69,7 @@ def _text(inputs: Tensor) -> str:
     return f"a batch of {len(inputs)} inputs {list(inputs.shape[1:])} of {inputs.dtype}"
 
 
-def choose_engine(
-    runtime: Runtime, module: nn.Module, layout: Layout, descent: Descent, data: FederatedData
-) -> Engine:
+def choose_engine(runtime: Runtime, module: nn.Module, layout: Layout, descent: Descent, data: FederatedData) -> Engine:
     """The engine that runs the clients.
 
     ``auto`` takes the vectorised one for networks that it is faster for (no convolutions, BatchNorm or dropout), if a
@@ -124,12 +122,17 @@ def _disagreement(engine: Engine, reference: Engine, params: Tensor, batches: li
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # torch warns where it would fall back to a slow loop
-            found = engine.map(lambda task, start, steps: start - task.train(start, steps), arguments)
+            found = engine.map(_step_and_loss, arguments)
     except Exception as error:  # whatever torch.func says about a user's module
         return f"it fails ({type(error).__name__}: {str(error).splitlines()[0][:200]})"
-    wanted = reference.map(lambda task, start, steps: start - task.train(start, steps), arguments)
+    wanted = reference.map(_step_and_loss, arguments)
     close = all(
         torch.allclose(a, b, rtol=0, atol=1e-3 * float(b.abs().max()) + 1e-6)
-        for a, b in zip(found, wanted, strict=True)
+        for ours, theirs in zip(found, wanted, strict=True)
+        for a, b in zip(ours, theirs, strict=True)
     )
     return None if close else "its numbers differ from the sequential ones: some layer looks across a batch"
+
+
+def _step_and_loss(task: Task, params: Tensor, steps: Batches) -> tuple[Tensor, Tensor]:
+    return params - task.train(params, steps), task.loss(params, steps[0])

@@ -17,7 +17,7 @@ class Cnn:
     """Two strided 3x3 convolutions and a linear layer; about 10,000 parameters on 28 x 28 images."""
 
     channels: tuple[int, ...] = option((8, 16), at_least=1, help="of each convolution; each halves the image")
-    norm: Norm = option("group", help="normalisation after each convolution")  # noqa: RUF009 - makes a field
+    norm: Norm = option("group", help="normalisation after each convolution")
 
     def __post_init__(self) -> None:
         check_options(self)

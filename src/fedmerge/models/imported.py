@@ -28,7 +28,7 @@ class Imported:
     """
 
     path: str = option(help="'package.module:Name' or 'path/to/file.py:Name'")
-    options: dict[str, Any] | None = option(None, help="keyword arguments for it")  # noqa: RUF009 - makes a field
+    options: dict[str, Any] | None = option(None, help="keyword arguments for it")
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -76,8 +76,8 @@ def _module_from_file(path: Path) -> ModuleType:
         raise UsageError(f"no such file: {path} (looked from {Path.cwd()})")
     name = f"_fedmerge_user_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None  # noqa: S101 - the suffix is .py
-    assert spec.loader is not None  # noqa: S101
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:

@@ -47,7 +47,7 @@ class ResNet9:
     """
 
     channels: tuple[int, ...] = option((8, 16, 32, 64), at_least=1, help="of the four stages")
-    norm: Norm = option("group", help="normalisation after each convolution")  # noqa: RUF009 - makes a field
+    norm: Norm = option("group", help="normalisation after each convolution")
 
     def __post_init__(self) -> None:
         check_options(self)

@@ -7,7 +7,8 @@ from importlib import resources
 from pathlib import Path
 
 from fedmerge.core.errors import UsageError
-from fedmerge.experiment.record import RunRecord, write_atomically
+from fedmerge.core.files import write_atomically
+from fedmerge.experiment.record import RunRecord
 from fedmerge.report.figures import distribution, forest, worst_clients
 from fedmerge.report.lines import accuracy_by_bytes, accuracy_by_round, decidedness
 from fedmerge.report.markup import Markup, element, join

@@ -58,7 +58,7 @@ class RoundResult:
     bytes_up: int
 
 
-def run_round(  # noqa: PLR0917 - the parts of a round, as they are used
+def run_round(
     algorithm: Algorithm[Any],
     state: Any,
     fleet: Fleet,
@@ -116,7 +116,7 @@ class _OwnBuffers:
         return trained
 
 
-def _train(  # noqa: PLR0917 - the parts of a round, as they are used
+def _train(
     algorithm: Algorithm[Any], fleet: Fleet, task: Task, received: Any, private: Any, steps: Batches, buffers: Tensor
 ) -> tuple[Any, Any, Tensor]:
     """One client's reply, its new private state, and the buffers it keeps."""

@@ -51,7 +51,9 @@ class Descent:
                 slope = torch.add(slope, trainable, alpha=self.weight_decay)
             if pull:
                 slope = torch.add(slope, trainable - centre[: len(slope)], alpha=pull)
-            velocity = slope if velocity is None or not self.momentum else torch.add(slope, velocity, alpha=self.momentum)
+            velocity = (
+                slope if velocity is None or not self.momentum else torch.add(slope, velocity, alpha=self.momentum)
+            )
             moved = torch.addcmul(trainable, batch.lr, velocity, value=-1)
             params = torch.cat([moved, buffers]) if len(buffers) else moved
         return params

@@ -22,9 +22,9 @@ class Digits:
         licence="CC-BY-4.0 (UCI, Optical Recognition of Handwritten Digits)",
     )
 
-    def load(self, progress: Progress = quiet) -> Pool:  # noqa: ARG002 - it takes no time
+    def load(self, progress: Progress = quiet) -> Pool:
         """The items; their 17 levels of grey are spread over 0..255."""
-        from sklearn.datasets import load_digits  # noqa: PLC0415 - takes a second to import
+        from sklearn.datasets import load_digits
 
         inputs, targets = load_digits(return_X_y=True)
         return Pool(

@@ -1,0 +1,53 @@
+"""What each rule brings with it, and contradictions that are refused instead of being ignored."""
+
+import pytest
+
+from fedmerge.algorithms.fedmerge import FedMerge
+from fedmerge.core.errors import UsageError
+
+REFUSED = [
+    ({"rule": "official", "num_models": 1}, "num_models: got 1 with rule='official'"),
+    ({"rule": "official", "initial": "noise"}, "initial: got 'noise' with rule='official'; expected 'independent'"),
+    ({"rule": "official", "momentum": 0.5}, "momentum: got 0.5 with rule='official', which has none; leave it out"),
+    ({"rule": "official", "shrinkage": 0.3}, "shrinkage: got 0.3 with rule='official', which has none"),
+    ({"rule": "official", "rows": "layer"}, "rows: got 'layer' with rule='official'; expected 'model'"),
+    ({"rule": "adam", "decay": 0.1}, "decay: got 0.1 with rule='adam'; only rule='mirror' has it"),
+    ({"rows": "layer", "scope": "head"}, "scope: got 'head' with rows='layer'; expected 'all' or nothing"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSED)
+def test_contradictions_are_refused(options, message):
+    with pytest.raises(UsageError) as refusal:
+        FedMerge(**options)
+    assert f"FedMerge.{message}" in str(refusal.value)
+
+
+def test_all_contradictions_are_told_at_once():
+    with pytest.raises(UsageError) as refusal:
+        FedMerge(rule="official", num_models=1, momentum=0.5, shrinkage=0.1, decay=0.1)
+    assert len(str(refusal.value).splitlines()) == 4
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        ("mirror", (None, "split", "all", 0.2, 0.02, 0.5, 0.3)),
+        ("official", (5, "independent", "head", 0.01, 0.0, 0.0, 0.0)),
+        ("gradient", (5, "noise", "all", 1.0, 0.0, 0.5, 0.3)),
+        ("adam", (5, "noise", "all", 0.1, 0.0, 0.5, 0.3)),
+    ],
+)
+def test_a_rule_fills_in_what_the_user_left_out(rule, expected):
+    made = FedMerge(rule=rule)
+    found = (made.num_models, made.initial, made.scope, made.mixing_lr, made.decay, made.momentum, made.shrinkage)
+    assert found == expected
+
+
+def test_a_rule_overrides_nothing_that_the_user_said():
+    made = FedMerge(rule="gradient", mixing_lr=3.0, momentum=0.0, initial="split", num_models=4)
+    assert (made.mixing_lr, made.momentum, made.initial, made.num_models) == (3.0, 0.0, "split", 4)
+
+
+def test_zero_is_not_a_contradiction():
+    assert FedMerge(rule="official", momentum=0.0, decay=0.0).momentum == 0.0
