@@ -14,23 +14,23 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 import fedmerge
 
 
 def write_files(folder: Path) -> None:
-    """Three clinics as .npz and three as .csv; two habits of calling the same measurements ill."""
+    """Six clinics, three as .npz and three as .csv; every other one goes by another measurement."""
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(6):
         x = rng.normal(size=(150, 4)).round(3)
-        y = (x[:, 0] > 0 if number % 2 else x[:, 1] + x[:, 2] > 0).astype(int)
+        y = np.where(x[:, number % 2] > 0, "ill", "well")
         if number < 3:
             np.savez(folder / f"clinic-{number}.npz", x=x, y=y)
         else:
-            table = np.column_stack([x, y])
-            header = "age,weight,pressure,sugar,label"
-            np.savetxt(folder / f"clinic-{number}.csv", table, fmt="%g", delimiter=",", header=header, comments="")
+            frame = pd.DataFrame(x, columns=["age", "weight", "pressure", "sugar"])
+            frame.assign(label=y).to_csv(folder / f"clinic-{number}.csv", index=False)
 
 
 def main(folder: Path, rounds: int = 20) -> None:

@@ -63,7 +63,7 @@ class Run:
     def accuracy(self) -> float:
         """Mean test accuracy over clients at the round that validation selects, 0..1."""
         scores = self.record.selected().test
-        assert scores is not None
+        assert scores is not None  # noqa: S101 - selected rounds are evaluated
         return scores.mean_accuracy()
 
     def mixing(self) -> Tensor | None:
@@ -77,11 +77,9 @@ class Run:
             client: Its name or index.
         """
         setup, names = self.outcome.setup, self.record.client_names
-        index = names.index(client) if isinstance(client, str) and client in names else client
-        if isinstance(index, bool) or not isinstance(index, Integral) or index not in range(len(names)):
-            raise UsageError(unknown_name("client", client, names) + f", or 0..{len(names) - 1}")
+        index = _index_of(client, names)
         with one_thread():
-            params = models_now(setup, self.outcome.progress)[int(index)]
+            params = models_now(setup, self.outcome.progress)[index]
         module = copy.deepcopy(setup.module)
         setup.layout.write(params, module)
         return module.eval()
@@ -93,6 +91,14 @@ class Run:
     def report(self, target: Path | str) -> Path:
         """Writes one self-contained HTML page."""
         return write_report([self.record], Path(target))
+
+
+def _index_of(client: Any, names: Sequence[str]) -> int:
+    if isinstance(client, str) and client in names:
+        return names.index(client)
+    if isinstance(client, Integral) and not isinstance(client, bool) and 0 <= int(client) < len(names):
+        return int(client)
+    raise UsageError(f"{unknown_name('client', client, names)}, or 0..{len(names) - 1}")
 
 
 @dataclass(frozen=True, repr=False)
@@ -162,7 +168,7 @@ def run(
     """
     faults: list[str] = []
     deal = _dealer(data, partition, faults)
-    request = _request(method, model, training, options, label, faults)
+    request = _request(method, model, training, options, label=label, faults=faults)
     if request is None or faults:
         raise UsageError("\n".join(faults))
     return _start(request, deal(request.options.seed), None if out is None else Path(out), watch)
@@ -227,7 +233,7 @@ class _Request:
 
 
 def _request(
-    method: Any, model: Any, training: Any, options: Mapping[str, Any], label: Any, faults: list[str]
+    method: Any, model: Any, training: Any, options: Mapping[str, Any], *, label: Any, faults: list[str]
 ) -> _Request | None:
     """The run that the arguments describe; None if there is a fault."""
     before = len(faults)
@@ -244,9 +250,10 @@ def _request(
 def _variant(method: Any, model: Any, training: Any, options: Mapping[str, Any], faults: list[str]) -> _Request | None:
     """The run of one method of a comparison, whose table may hold a label and training options of its own."""
     if not isinstance(method, Mapping):
-        return _request(method, model, training, options, "", faults)
+        return _request(method, model, training, options, label="", faults=faults)
     bare = {key: value for key, value in method.items() if key not in ("label", "training")}
-    return _request(bare, model, _merged(training, method.get("training")), options, method.get("label", ""), faults)
+    own = _merged(training, method.get("training"))
+    return _request(bare, model, own, options, label=method.get("label", ""), faults=faults)
 
 
 def _merged(shared: Any, own: Any) -> Any:
@@ -276,7 +283,7 @@ def _run_all(
     out: Path | None,
     watch: Callable[[str, int, RoundRecord], None] | None,
 ) -> tuple[RunRecord, ...]:
-    """Runs them seed by seed, after all of the first seed were prepared: what cannot start fails before any training."""
+    """Runs them seed by seed; those of the first seed are prepared before any training, so that they all can start."""
     if out is not None:
         refuse_taken([request.name for request in requests], out)
     seed = requests[0].options.seed

@@ -176,7 +176,7 @@ def _word(value: Any) -> str:
     return str(list(value)) if isinstance(value, tuple) else str(value)
 
 
-def _compare_parser(parser: _Parser, words: Sequence[str]) -> None:
+def _compare_parser(parser: _Parser, words: Sequence[str]) -> None:  # noqa: ARG001
     parser.usage = "fedmerge compare [METHOD ...] [key=value ...] [options]"
     parser.add_argument(
         "words",
@@ -192,14 +192,14 @@ def _compare_parser(parser: _Parser, words: Sequence[str]) -> None:
     parser.set_defaults(command=_compare)
 
 
-def _list_parser(parser: _Parser, words: Sequence[str]) -> None:
+def _list_parser(parser: _Parser, words: Sequence[str]) -> None:  # noqa: ARG001
     parser.add_argument("kind", nargs="?", help=f"one of {', '.join([*_REGISTRIES, *_OPTION_GROUPS])}")
     parser.add_argument("name", nargs="?", help="one entry, with its options")
     parser.add_argument("--markdown", action="store_true", help="everything of a kind as Markdown, for documentation")
     parser.set_defaults(command=_list)
 
 
-def _data_parser(parser: _Parser, words: Sequence[str]) -> None:
+def _data_parser(parser: _Parser, words: Sequence[str]) -> None:  # noqa: ARG001
     parser.usage = "fedmerge data {list | get NAME [key=value ...] | show [key=value ...] [--out PICTURE.svg]}"
     parser.add_argument(
         "action", choices=["list", "get", "show"], help="list sources, fetch one, or deal one out and draw it"
@@ -210,7 +210,7 @@ def _data_parser(parser: _Parser, words: Sequence[str]) -> None:
     parser.set_defaults(command=_data)
 
 
-def _report_parser(parser: _Parser, words: Sequence[str]) -> None:
+def _report_parser(parser: _Parser, words: Sequence[str]) -> None:  # noqa: ARG001
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders, or folders that hold them")
     parser.add_argument("--out", metavar="FILE", default="report.html", help="page to write (default report.html)")
     parser.add_argument("--reference", help="method that the others are compared with")
@@ -454,7 +454,7 @@ def _data(options: argparse.Namespace) -> None:
     {"list": _data_list, "get": _data_get, "show": _data_show}[options.action](options)
 
 
-def _data_list(options: argparse.Namespace) -> None:
+def _data_list(options: argparse.Namespace) -> None:  # noqa: ARG001
     grid = Grid("source", "what", "MB", "licence", "here", "needs")
     for name in SOURCES:
         listing = available(name)
@@ -478,13 +478,12 @@ def _data_get(options: argparse.Namespace) -> None:
             progress=lambda text, done, total: bar.update(task, description=text, completed=done, total=total),
         )
     shape = " x ".join(str(size) for size in pool.inputs.shape[1:])
-    out.print(
-        f"{escape(pool.name)}: {len(pool):,} items of {shape}, {len(pool.class_names)} classes, sha256 {pool.sha256()[:16]}"
-    )
+    size = f"{len(pool):,} items of {shape}, {len(pool.class_names)} classes"
+    out.print(f"{pool.name}: {size}, sha256 {pool.sha256()[:16]}", markup=False)
 
 
 def _data_show(options: argparse.Namespace) -> None:
-    from fedmerge.data.picture import partition_svg
+    from fedmerge.data.picture import partition_svg  # noqa: PLC0415 - only this command draws
 
     table = override(_table_from(options.config), options.words)
     config = build_config(table)

@@ -12,7 +12,7 @@ from fedmerge.algorithms.oracle import Oracle
 from fedmerge.core.errors import UsageError
 from fedmerge.core.protocol import Federation, Update, deliver
 from fedmerge.core.soup import Soup
-from small_federation import GROUPS, SIZES, small
+from small_federation import GROUPS, small
 
 N, P = 5, 7
 EVERYONE = torch.arange(N)
@@ -264,6 +264,5 @@ def test_the_groups_of_a_small_federation_are_recovered_without_being_told():
     facts = algorithm.describe(state)
     assert not facts["searching"]
     assert float(state.gate) > 0.12
-    if facts["num_models"] == 2:
-        assert state.soup.logits[0].argmax(dim=1).tolist() in (list(GROUPS), [1 - g for g in GROUPS])
-    assert len(SIZES) == len(state.seen)
+    print(facts)
+    assert state.soup.logits[0].argmax(dim=1).tolist() == list(GROUPS)

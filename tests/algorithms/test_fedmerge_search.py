@@ -29,7 +29,7 @@ ONE_WAY = [[1.0, 1.0], [2.0, 2.0], [0.5, 0.5], [1.0, 1.0]]
 
 
 def test_the_split_by_hand():
-    """Mean of h is 0, so Θ = (10, 10) first. Group means ±1.5: Θ_1 = (8.5, 10), Θ_2 = (11.5, 10); W is 1 for the own group."""
+    """Mean of h is 0, so Θ = (10, 10) first. Group means ±1.5 give 10 ∓ 1.5; W is 1 for the own group."""
     algorithm = FedMerge(num_models=2, search_rounds=1, momentum=0.0)
     state = reply(algorithm, begin(algorithm, 4), TWO_WAYS)
     assert state.soup.models.tolist() == [[8.5, 10.0], [11.5, 10.0]]
@@ -56,7 +56,7 @@ def test_updates_add_up_over_the_rounds_of_the_search():
 
 
 def test_the_search_itself_is_fedavg_with_momentum():
-    """Round 1: v = 1.25·(1, 1); round 2: v = 0.5·1.25 + 1.25 = 1.875; Θ = 10 − 1.25 − 1.875 = 6.875 (ONE_WAY has mean 1.125)."""
+    """ONE_WAY has mean 1.125: v = 1.125, then 0.5 · 1.125 + 1.125."""
     algorithm = FedMerge()
     state = reply(algorithm, reply(algorithm, begin(algorithm, 4), ONE_WAY), ONE_WAY)
     assert state.soup.models.tolist() == [[10 - 1.125 - (0.5 * 1.125 + 1.125)] * 2]
@@ -84,7 +84,7 @@ def test_fewer_groups_than_asked_for_are_told_to_the_user(caplog):
     with caplog.at_level(logging.WARNING, logger="fedmerge"):
         state = reply(algorithm, begin(algorithm, 4), ONE_WAY)
     assert len(state.soup.models) == 1
-    assert "asked for 3 models, but the clients' updates fall into 1 group" in caplog.text
+    assert "asked for 3 models, but the clients' updates fall into 1 group(s)" in caplog.text
 
 
 def test_the_search_waits_for_half_of_the_clients():

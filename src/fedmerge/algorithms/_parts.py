@@ -19,22 +19,27 @@ class Models:
 
     Attributes:
         models: [d, P] the server's models; d = 1 for methods with one.
-        velocity: [d, P] server momentum.
+        velocity: [d, T] server momentum of the trainable part.
     """
 
     models: Float[Tensor, "d P"]
-    velocity: Float[Tensor, "d P"]
+    velocity: Float[Tensor, "d T"]
 
 
-def fresh(models: Float[Tensor, "d P"]) -> Models:
+def fresh(models: Float[Tensor, "d P"], num_trainable: int) -> Models:
     """Models at rest."""
-    return Models(models, torch.zeros_like(models))
+    return Models(models, torch.zeros_like(models[:, :num_trainable]))
 
 
 def moved(state: Models, step: Float[Tensor, "d P"], *, lr: float, momentum: float) -> Models:
-    """Server step: V ← momentum·V + step, Θ ← Θ − lr·V, in float64 and back to the models' dtype."""
-    velocity = momentum * state.velocity.double() + step
-    models = (state.models.double() - lr * velocity).to(state.models.dtype)
+    """Server step: V ← momentum·V + step, Θ ← Θ − lr·V, in float64 and back to the models' dtype.
+
+    Buffers take `step` as it is: with momentum or a rate above 1 a running variance could fall below zero.
+    """
+    T = state.velocity.shape[1]
+    velocity = momentum * state.velocity.double() + step[:, :T]
+    change = torch.cat([lr * velocity, step[:, T:]], dim=1)
+    models = (state.models.double() - change).to(state.models.dtype)
     return Models(models, velocity.to(state.velocity.dtype))
 
 

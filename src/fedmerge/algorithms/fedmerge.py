@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -19,6 +20,8 @@ from fedmerge.core.protocol import Batches, Cost, Draw, Federation, Task, Update
 from fedmerge.core.shrinkage import shrunk_updates
 from fedmerge.core.soup import Soup, merge, mixing, shares
 from fedmerge.core.sums import along, centred, shares_of_examples, squared_norms, weighted_sum
+
+log = logging.getLogger(__name__)
 
 Rule = Literal["mirror", "official", "gradient", "adam"]
 
@@ -44,9 +47,9 @@ class State:
 
     Attributes:
         soup: Models [d, P] and logits [G, N, d].
-        velocity: [d, P] server momentum.
+        velocity: [d, T] server momentum of the trainable part.
         progress: [N, T] accumulated updates h_i while the structure is being looked for; [0, T] otherwise.
-        seen: [N] how often each client has replied.
+        seen: [N] how often each client has replied since the start or the split.
         rounds: [] completed.
         searching: [] whether the structure is still being looked for.
         gate: [] spread of the cosines between clients when it was decided; NaN before.
@@ -56,7 +59,7 @@ class State:
     """
 
     soup: Soup
-    velocity: Float[Tensor, "d P"]
+    velocity: Float[Tensor, "d T"]
     progress: Float[Tensor, "n T"]
     seen: Int[Tensor, " N"]
     rounds: Int[Tensor, ""]
@@ -88,9 +91,7 @@ class FedMerge:
     initial: Literal["split", "noise", "independent"] | None = option(
         None, help="how models come to differ (mirror split, official independent, else noise)"
     )
-    scope: Literal["all", "head"] | None = option(
-        None, help="layers that move the weights (all, official head)"
-    )
+    scope: Literal["all", "head"] | None = option(None, help="layers that move the weights (all, official head)")
     rows: Literal["model", "body-head", "layer"] = option("model", help="parts of the network with rows of their own")
     order: Literal["weights-first", "together"] = option("weights-first", help="whether models see the new weights")
     mixing_lr: float | None = option(
@@ -132,6 +133,8 @@ class FedMerge:
                 for name in ("momentum", "shrinkage")
                 if getattr(self, name)
             ]
+            if self.rows != "model":
+                faults.append(f"rows: got {self.rows!r} with rule='official'; expected 'model'")
         if self.decay and self.rule != "mirror":
             faults.append(f"decay: got {self.decay!r} with rule={self.rule!r}; only rule='mirror' has it")
         initial = self.initial or _BY_RULE[self.rule]["initial"]
@@ -174,7 +177,7 @@ class FedMerge:
         rows = (len(blocks), num_clients, len(models))
         return State(
             soup=Soup(models, torch.zeros(rows, dtype=torch.float64)),
-            velocity=torch.zeros_like(models),
+            velocity=torch.zeros_like(models[:, :T]),
             progress=models.new_zeros(num_clients if searching else 0, T),
             seen=torch.zeros(num_clients, dtype=torch.int64),
             rounds=torch.tensor(0),
@@ -188,7 +191,7 @@ class FedMerge:
     def _first_models(self, draw: Draw, T: int) -> Float[Tensor, "d P"]:
         if self.initial == "split" or self.num_models == 1:
             return draw(0)[None]
-        assert self.num_models is not None
+        assert self.num_models is not None  # noqa: S101 - set in __post_init__ for these starts
         if self.initial == "independent":
             return torch.stack([draw(j) for j in range(self.num_models)])
         models = draw(0).repeat(self.num_models, 1)
@@ -251,11 +254,12 @@ class FedMerge:
         proportions = shares_of_examples(num_examples)
         if len(state.soup.models) == 1:
             return weighted_sum(proportions, delta)
+        T, share = state.velocity.shape[1], [shares(row, num_examples) for row in weights]
         steps = [
-            shrunk_updates(delta[:, a:b], shares(row, num_examples), proportions[:, 0], strength=self.shrinkage or 0.0)
-            for (a, b), row in zip(state.blocks.tolist(), weights, strict=True)
+            shrunk_updates(delta[:, a : min(b, T)], own, proportions[:, 0], strength=self.shrinkage or 0.0)
+            for (a, b), own in zip(state.blocks.tolist(), share, strict=True)
         ]
-        return torch.cat(steps, dim=1)
+        return torch.cat([*steps, weighted_sum(share[-1], delta[:, T:])], dim=1)  # buffers are averaged as they are
 
     def _moved_weights(
         self, state: State, clients: Int[Tensor, " C"], delta: Float[Tensor, "C P"], num_examples: Int[Tensor, " C"]
@@ -318,7 +322,11 @@ class FedMerge:
         count = self.num_models or structure.number_of_groups(
             tree[:, 2] ** 2 / 2, most=self.max_models, elbow=self.elbow, floor=self.floor
         )
-        return structure.groups_of(tree, count)
+        labels = structure.groups_of(tree, count)
+        found = int(labels.max()) + 1
+        if found < (self.num_models or 0):
+            log.warning("asked for %d models, but the clients' updates fall into %d group(s)", self.num_models, found)
+        return labels
 
     def _split(self, state: State, seen: Tensor, progress: Float[Tensor, "n T"], labels: structure.Labels) -> State:
         """Θ_j = Θ − (mean of h over group j − mean of h); W_ij = `lean` for the own group, 0 for clients not seen."""
@@ -335,6 +343,7 @@ class FedMerge:
             state,
             soup=Soup(models.to(state.soup.models.dtype), logits),
             velocity=state.velocity.repeat(count, 1),
+            seen=torch.zeros_like(state.seen),
             moments=self._no_moments((len(state.blocks), len(seen), count)),
         )
 

@@ -32,7 +32,7 @@ class FedProx:
 
     def init(self, draw: Draw, federation: Federation, seed: int) -> _parts.Models:
         """The first draw."""
-        return _parts.fresh(draw(0)[None])
+        return _parts.fresh(draw(0)[None], federation.num_trainable)
 
     def train(
         self, down: Float[Tensor, " P"], local: tuple[()], batches: Batches, task: Task

@@ -59,7 +59,8 @@ class FeSem:
                 "expected at most one centre per client"
             )
         models = draw(0).repeat(self.num_models, 1)
-        return Centres(_parts.fresh(models), torch.full((federation.num_clients,), -1), torch.tensor(seed))
+        averages = _parts.fresh(models, federation.num_trainable)
+        return Centres(averages, torch.full((federation.num_clients,), -1), torch.tensor(seed))
 
     def send(self, state: Centres, clients: Int[Tensor, " C"]) -> Float[Tensor, "C P"]:
         """Each client its centre."""

@@ -65,7 +65,8 @@ class Ifca:
                 "expected at most one model per client"
             )
         models = torch.stack([draw(j) for j in range(self.num_models)])
-        return Clusters(_parts.fresh(models), torch.full((federation.num_clients,), -1))
+        averages = _parts.fresh(models, federation.num_trainable)
+        return Clusters(averages, torch.full((federation.num_clients,), -1))
 
     def send(self, state: Clusters, clients: Int[Tensor, " C"]) -> Float[Tensor, "C d P"]:
         """All models to everyone."""

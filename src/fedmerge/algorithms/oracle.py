@@ -57,7 +57,8 @@ class Oracle:
             )
         group = torch.tensor(federation.groups)
         membership = one_hot(group, int(group.max()) + 1).double()
-        return Groups(_parts.fresh(draw(0).repeat(membership.shape[1], 1)), membership)
+        models = draw(0).repeat(membership.shape[1], 1)
+        return Groups(_parts.fresh(models, federation.num_trainable), membership)
 
     def send(self, state: Groups, clients: Int[Tensor, " C"]) -> Float[Tensor, "C P"]:
         """Each client its group's model."""

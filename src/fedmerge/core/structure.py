@@ -37,8 +37,8 @@ def ward_tree(progress: Float[Tensor, "n P"]) -> Floats:
 
     Column 2 holds the heights; the growth in within-group sum of squares of a merge is height² / 2.
     """
-    from scipy.cluster.hierarchy import linkage
-    from scipy.spatial.distance import squareform
+    from scipy.cluster.hierarchy import linkage  # noqa: PLC0415 - only the server needs scipy, once per run
+    from scipy.spatial.distance import squareform  # noqa: PLC0415
 
     unit = directions(progress)
     points = directions(unit - unit.mean(dim=0, keepdim=True))
@@ -89,7 +89,7 @@ def _ratio(cost: float, before: float) -> float:
 
 def groups_of(tree: Floats, count: int) -> Labels:
     """Cuts a tree into `count` groups, numbered 0.. in order of first appearance."""
-    from scipy.cluster.hierarchy import fcluster
+    from scipy.cluster.hierarchy import fcluster  # noqa: PLC0415
 
     return renumbered(fcluster(tree, count, criterion="maxclust"))
 

@@ -34,7 +34,7 @@ def _naming(path: Path, expected: str) -> Iterator[None]:
         raise DataError(f"{path} cannot be read ({error}); expected {expected}") from error
 
 
-def read_npz(path: Path, label_column: str) -> Tables:
+def read_npz(path: Path, label_column: str) -> Tables:  # noqa: ARG001 - readers share one signature
     """Arrays ``x`` and ``y``; ``x_validation``, ``y_validation``, ``x_test`` and ``y_test`` if they are split already.
 
     Raises:
@@ -129,7 +129,7 @@ def read_parquet(path: Path, label_column: str) -> Tables:
     """
     if importlib.util.find_spec("pyarrow") is None:
         raise FedmergeError(f'{path}: .parquet files need pyarrow: pip install "fedmerge[parquet]"')
-    import pandas as pd
+    import pandas as pd  # noqa: PLC0415 - takes a second to import
 
     with _naming(path, "a parquet file"):
         frame = pd.read_parquet(path, engine="pyarrow")

@@ -20,7 +20,6 @@ from fedmerge.core.registry import Registry
 from fedmerge.data import PARTITIONS, SOURCES, FolderOptions
 from fedmerge.models import NETWORKS
 from fedmerge.models.mlp import Mlp
-from fedmerge.runtime import BufferPolicy
 from fedmerge.training import LocalTraining
 
 if sys.version_info >= (3, 11):
@@ -41,7 +40,9 @@ class RunOptions:
     finetune_epochs: int = option(0, at_least=0, help="local epochs at the end, reported beside the plain result")
     seed: int = option(0, at_least=0, help="decides split, initial model, cohorts and batches")
     runtime: Literal["auto", "sequential", "vectorised"] = option("auto", help="how clients are executed")
-    buffers: BufferPolicy = option("merge", help="whose BatchNorm statistics a client's model has")
+    buffers: Literal["merge", "local", "recalibrate"] = option(
+        "merge", help="whose BatchNorm statistics a client's model has"
+    )
     precision: Literal["float32", "float64"] = option("float32", help="of inputs and parameters")
     head: str | None = option(None, help="sub-module that is the output layer; the last one with parameters by default")
     frozen: tuple[str, ...] = option((), help="sub-modules whose parameters are neither trained nor sent")

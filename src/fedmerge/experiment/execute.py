@@ -101,7 +101,8 @@ def execute(
     collected: list[RoundRecord] = []
     try:
         with one_thread():
-            for progress, line in rounds(setup, progress):
+            for progress_now, line in rounds(setup, progress):
+                progress = progress_now  # kept when the loop is left by an exception
                 collected.append(line)
                 if folder is not None:
                     append_round(folder, line)
@@ -110,14 +111,16 @@ def execute(
             record = _with_finetuning(record, setup, progress)
     except BaseException as error:
         status: Status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-        _close(record, status, began, collected, progress, folder)
+        _close(record, status, began=began, collected=collected, progress=progress, folder=folder)
         raise
-    return Outcome(_close(record, "finished", began, collected, progress, folder), setup, progress, folder)
+    record = _close(record, "finished", began=began, collected=collected, progress=progress, folder=folder)
+    return Outcome(record, setup, progress, folder)
 
 
 def _close(
     record: RunRecord,
     status: Status,
+    *,
     began: float,
     collected: list[RoundRecord],
     progress: Progress,

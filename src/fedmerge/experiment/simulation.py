@@ -81,7 +81,7 @@ class Progress:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Within the block torch computes on one thread: small networks are faster, and the bits are those of any machine load."""
+    """Within the block torch computes on one thread: faster for small networks, and the same bits on every machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

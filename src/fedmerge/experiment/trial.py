@@ -60,8 +60,8 @@ def _outputs(module: nn.Module, inputs: Tensor, *, training: bool, whose: str) -
             return twin(inputs)
     except Exception as error:  # a user's module may raise anything
         raise UsageError(
-            f"model {type(module).__name__} cannot be {'trained on' if training else 'used for'} {_text(inputs)}, which "
-            f"client {whose!r} has: {type(error).__name__}: {error}"
+            f"model {type(module).__name__} cannot be {'trained on' if training else 'used for'} {_text(inputs)}, which"
+            f" client {whose!r} has: {type(error).__name__}: {error}"
         ) from error
 
 

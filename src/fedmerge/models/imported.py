@@ -76,8 +76,8 @@ def _module_from_file(path: Path) -> ModuleType:
         raise UsageError(f"no such file: {path} (looked from {Path.cwd()})")
     name = f"_fedmerge_user_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
+    assert spec is not None  # noqa: S101 - the suffix is .py
+    assert spec.loader is not None  # noqa: S101
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:

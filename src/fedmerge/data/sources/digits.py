@@ -22,9 +22,9 @@ class Digits:
         licence="CC-BY-4.0 (UCI, Optical Recognition of Handwritten Digits)",
     )
 
-    def load(self, progress: Progress = quiet) -> Pool:
+    def load(self, progress: Progress = quiet) -> Pool:  # noqa: ARG002 - it takes no time
         """The items; their 17 levels of grey are spread over 0..255."""
-        from sklearn.datasets import load_digits
+        from sklearn.datasets import load_digits  # noqa: PLC0415 - takes a second to import
 
         inputs, targets = load_digits(return_X_y=True)
         return Pool(

@@ -179,8 +179,8 @@ def _draw_all(svgs: list[str], size: int, progress: Progress) -> NDArray[np.uint
 
 
 def _draw(svg: str, size: int) -> NDArray[np.uint8]:
-    import resvg_py
-    from PIL import Image
+    import resvg_py  # noqa: PLC0415 - optional extra
+    from PIL import Image  # noqa: PLC0415 - optional extra
 
     png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, skip_system_fonts=True))
     picture = Image.open(io.BytesIO(png)).convert("RGBA")

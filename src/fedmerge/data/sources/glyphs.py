@@ -105,7 +105,7 @@ def family(font: bytes) -> str:
     These fonts name their variants by further words ("Binary X CHR", "Crackdown O1"), many of which are the same
     drawings; the first word keeps them together and joins only one pair of unrelated ones (Ink Swipes, Ink Tank).
     """
-    from fontTools.ttLib import TTFont
+    from fontTools.ttLib import TTFont  # noqa: PLC0415 - optional extra
 
     return str(TTFont(io.BytesIO(font), lazy=True)["name"].getDebugName(1)).split()[0].lower()
 
@@ -115,8 +115,8 @@ def draw_font(font: bytes, characters: str, size: int) -> Iterator[tuple[str, ND
 
     Characters without ink are left out, and so are the small letters of a font that repeats its capitals for them.
     """
-    from fontTools.ttLib import TTFont
-    from PIL import ImageFont
+    from fontTools.ttLib import TTFont  # noqa: PLC0415 - optional extra
+    from PIL import ImageFont  # noqa: PLC0415 - optional extra
 
     known = TTFont(io.BytesIO(font), lazy=True).getBestCmap() or {}
     face = ImageFont.truetype(io.BytesIO(font), _DRAWN_AT, layout_engine=ImageFont.Layout.BASIC)
@@ -130,7 +130,7 @@ def draw_font(font: bytes, characters: str, size: int) -> Iterator[tuple[str, ND
 
 def _draw(face: Any, character: str, size: int) -> NDArray[np.uint8] | None:
     """One character, scaled to fit into the image less a border of a ninth, and centred; None if it has no ink."""
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps  # noqa: PLC0415 - optional extra
 
     mask = face.getmask(character, mode="L")
     image = Image.frombytes("L", mask.size, bytes(mask))

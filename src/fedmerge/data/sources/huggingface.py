@@ -97,7 +97,7 @@ class HuggingFace:
         Raises:
             UsageError: if the path is no id on the Hub and there is no such file, or not one that can be read.
         """
-        import datasets
+        import datasets  # noqa: PLC0415 - optional extra
 
         path = Path(self.path).expanduser()
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
@@ -112,7 +112,7 @@ class HuggingFace:
 
     def _pooled(self, opened: Any) -> Any:
         """The chosen splits one after another."""
-        import datasets
+        import datasets  # noqa: PLC0415 - optional extra
 
         tables = opened if isinstance(opened, datasets.DatasetDict) else {str(opened.split or "all"): opened}
         unknown = [split for split in self.splits if split not in tables]
@@ -133,7 +133,7 @@ class HuggingFace:
         return table.select(np.sort(drawn))
 
     def _inputs(self, table: Any, progress: Progress) -> NDArray[Any]:
-        import datasets
+        import datasets  # noqa: PLC0415 - optional extra
 
         column = _column(table, self.input_column, "input_column", datasets.Image)
         where = f"{self.path}, column {column!r}"
@@ -146,7 +146,7 @@ class HuggingFace:
         return number_array(table.select_columns([column]).with_format("numpy", **kept)[:][column], where)
 
     def _labels(self, table: Any) -> tuple[Ints, tuple[str, ...]]:
-        import datasets
+        import datasets  # noqa: PLC0415 - optional extra
 
         column = _column(table, self.label_column, "label_column", datasets.ClassLabel)
         where = f"{self.path}, column {column!r}"
@@ -214,7 +214,7 @@ def _counted(table: Any, column: str, progress: Progress) -> Iterator[Any]:
 @contextmanager
 def _silent() -> Iterator[None]:
     """Within the block the library draws no progress bars; afterwards as before."""
-    from datasets.utils import (
+    from datasets.utils import (  # noqa: PLC0415 - optional extra
         are_progress_bars_disabled,
         disable_progress_bars,
         enable_progress_bars,
