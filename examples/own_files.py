@@ -1,4 +1,4 @@
-"""Your own clients, one file each: the body of `main` below `write_files` is all there is to write.
+"""Your own clients, one file each: after `write_files`, the body of `main` is all there is to write.
 
 From Python:       python examples/own_files.py [FOLDER]      (writes six small files there first; default: a new folder)
 From the shell:    fedmerge compare fedmerge fedavg local source=folder source.path=FOLDER rounds=20 --reference fedavg

@@ -1,10 +1,11 @@
 """Your own network, on the digits that come with scikit-learn: the body of `main` is all there is to write.
 
 From Python:       python examples/own_module.py
-From the shell:    fedmerge run model=import model.path=examples/own_module.py:TinyNet model.options.width=12 rounds=30
+From the shell:    fedmerge run model=import model.path=examples/own_module.py:TinyNet rounds=30
 
-Any nn.Module will do, BatchNorm and frozen layers included. The shell form calls the class with what its signature
-takes of ``input_shape`` and ``num_classes``, and with your ``model.options``.
+Any nn.Module will do, BatchNorm and frozen layers included: give an instance, or a class or function that is called
+without arguments. The shell form calls it with what its signature takes of ``input_shape`` and ``num_classes``, and
+with your own keywords, for example ``model.options.width=12``.
 """
 
 from __future__ import annotations
@@ -29,12 +30,9 @@ class TinyNet(nn.Module):
 
 
 def main(rounds: int = 30) -> None:
-    clients = {"name": "rotations", "clients": 20, "train": 50, "validation": 12, "test": 25}
-    result = fedmerge.run("digits", partition=clients, model=TinyNet, rounds=rounds)
-    print(result.frame())
-    print(f"{100 * result.accuracy:.1f} % right on average")
-    client_model = result.client_model(7)
-    print(client_model)
+    result = fedmerge.run("digits", model=TinyNet, rounds=rounds)
+    print(result.frame()[["name", "group", "num_train", "accuracy"]])
+    print(f"mean {100 * result.accuracy:.1f} %, {len(result.client_model('client-07').state_dict())} tensors per client")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fedmerge.algorithms import ALGORITHMS
@@ -174,8 +175,6 @@ def test_state_is_never_mutated(algorithm):
 
 
 def test_state_survives_saving(algorithm, tmp_path):
-    from safetensors.torch import load_file, save_file
-
     state, _ = play(algorithm)
     save_file({k: v.clone().contiguous() for k, v in state_tensors(state).items()}, tmp_path / "state.safetensors")
     same(with_tensors(algorithm.init(draw, FACTS, 0), load_file(tmp_path / "state.safetensors")), state, **EXACT)

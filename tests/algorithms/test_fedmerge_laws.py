@@ -264,5 +264,4 @@ def test_the_groups_of_a_small_federation_are_recovered_without_being_told():
     facts = algorithm.describe(state)
     assert not facts["searching"]
     assert float(state.gate) > 0.12
-    print(facts)
     assert state.soup.logits[0].argmax(dim=1).tolist() == list(GROUPS)
