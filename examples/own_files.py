@@ -1,6 +1,6 @@
 """Your own clients, one file each: after `write_files`, the body of `main` is all there is to write.
 
-From Python:       python examples/own_files.py [FOLDER]      (writes six small files there first; default: a new folder)
+From Python:       python examples/own_files.py [FOLDER]       (writes six small files there; without it, temporary)
 From the shell:    fedmerge compare fedmerge fedavg local source=folder source.path=FOLDER rounds=20 --reference fedavg
 
 A file's name is the client's. An .npz file holds the arrays x and y, and x_validation, y_validation, x_test, y_test if
@@ -41,4 +41,5 @@ def main(folder: Path, rounds: int = 20) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp()))
+    with tempfile.TemporaryDirectory() as temporary:
+        main(Path(sys.argv[1] if len(sys.argv) > 1 else temporary))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from torch import Tensor, nn
 
@@ -63,8 +64,7 @@ class Run:
     def accuracy(self) -> float:
         """Mean test accuracy over clients at the round that validation selects, 0..1."""
         scores = self.record.selected().test
-        assert scores is not None  # noqa: S101 - selected rounds are evaluated
-        return scores.mean_accuracy()
+        return math.nan if scores is None else scores.mean_accuracy()
 
     def mixing(self) -> Tensor | None:
         """[N, d] merging weights of every client; None for methods without them."""
@@ -96,7 +96,7 @@ class Run:
 def _index_of(client: Any, names: Sequence[str]) -> int:
     if isinstance(client, str) and client in names:
         return names.index(client)
-    if isinstance(client, Integral) and not isinstance(client, bool) and 0 <= int(client) < len(names):
+    if isinstance(client, (int, np.integer)) and not isinstance(client, bool) and 0 <= client < len(names):
         return int(client)
     raise UsageError(f"{unknown_name('client', client, names)}, or 0..{len(names) - 1}")
 

@@ -8,6 +8,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -32,6 +33,7 @@ from fedmerge.core.files import write_atomically
 from fedmerge.core.options import accepted_text, option_fields
 from fedmerge.core.registry import Registry
 from fedmerge.data import PARTITIONS, SOURCES, FolderOptions
+from fedmerge.data.picture import partition_svg
 from fedmerge.data.sources import available, get
 from fedmerge.experiment.comparison import free_folder, plan, run_jobs
 from fedmerge.experiment.config import RunOptions, assign, build_config, override, parse_value, read_toml
@@ -114,8 +116,14 @@ def _parser(words: Sequence[str]) -> _Parser:
     if command in _COMMANDS:
         parser = _Parser(prog=f"fedmerge {command}", description=_COMMANDS[command].capitalize() + ".")
         parser.add_argument("command_name", choices=[command], help=argparse.SUPPRESS)
-        builders = {"run": _run_parser, "compare": _compare_parser, "list": _list_parser, "data": _data_parser}
-        builders.get(command, _report_parser)(parser, words)
+        builders: dict[str, Callable[[_Parser], None]] = {
+            "run": partial(_run_parser, words=words),
+            "compare": _compare_parser,
+            "list": _list_parser,
+            "data": _data_parser,
+            "report": _report_parser,
+        }
+        builders[command](parser)
         return parser
     if command is not None:
         raise UsageError(unknown_name("command", command, _COMMANDS))
@@ -176,7 +184,7 @@ def _word(value: Any) -> str:
     return str(list(value)) if isinstance(value, tuple) else str(value)
 
 
-def _compare_parser(parser: _Parser, words: Sequence[str]) -> None:  # noqa: ARG001
+def _compare_parser(parser: _Parser) -> None:
     parser.usage = "fedmerge compare [METHOD ...] [key=value ...] [options]"
     parser.add_argument(
         "words",
@@ -192,14 +200,14 @@ def _compare_parser(parser: _Parser, words: Sequence[str]) -> None:  # noqa: ARG
     parser.set_defaults(command=_compare)
 
 
-def _list_parser(parser: _Parser, words: Sequence[str]) -> None:  # noqa: ARG001
+def _list_parser(parser: _Parser) -> None:
     parser.add_argument("kind", nargs="?", help=f"one of {', '.join([*_REGISTRIES, *_OPTION_GROUPS])}")
     parser.add_argument("name", nargs="?", help="one entry, with its options")
     parser.add_argument("--markdown", action="store_true", help="everything of a kind as Markdown, for documentation")
     parser.set_defaults(command=_list)
 
 
-def _data_parser(parser: _Parser, words: Sequence[str]) -> None:  # noqa: ARG001
+def _data_parser(parser: _Parser) -> None:
     parser.usage = "fedmerge data {list | get NAME [key=value ...] | show [key=value ...] [--out PICTURE.svg]}"
     parser.add_argument(
         "action", choices=["list", "get", "show"], help="list sources, fetch one, or deal one out and draw it"
@@ -210,7 +218,7 @@ def _data_parser(parser: _Parser, words: Sequence[str]) -> None:  # noqa: ARG001
     parser.set_defaults(command=_data)
 
 
-def _report_parser(parser: _Parser, words: Sequence[str]) -> None:  # noqa: ARG001
+def _report_parser(parser: _Parser) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders, or folders that hold them")
     parser.add_argument("--out", metavar="FILE", default="report.html", help="page to write (default report.html)")
     parser.add_argument("--reference", help="method that the others are compared with")
@@ -249,6 +257,7 @@ def _run(options: argparse.Namespace) -> None:
     record = outcome.record
     page = write_report([record], folder / "report.html")
     _print_table(comparison_table([record]))
+    _print_search([record])
     out.print(f"run     {folder}\nreport  {page}", markup=False)
 
 
@@ -279,6 +288,7 @@ def _compare(options: argparse.Namespace) -> None:
     table = comparison_table(records, reference=options.reference)
     write_atomically(folder / "table.md", table.markdown())
     _print_table(table)
+    _print_search(records)
     out.print(f"runs    {folder}\nreport  {page}", markup=False)
 
 
@@ -367,6 +377,17 @@ def _print_table(table: Table) -> None:
         out.print(f"  {escape(note)}", style="dim")
 
 
+def _print_search(records: Sequence[RunRecord]) -> None:
+    """What the search for structure decided, for the runs that searched."""
+    for record in records:
+        state = record.last().state
+        if state.get("gate") is None:
+            continue
+        found = f"{state['num_models']} models" if state["num_models"] > 1 else "no structure, kept one model"
+        spread = f"spread of the clients' first updates {state['gate']:.3f}, gate {record.options['gate']:g}"
+        out.print(f"  {escape(record.label)}, seed {record.seed}: {found} ({spread})", style="dim")
+
+
 def _fitting(headings: Sequence[str], texts: Sequence[Sequence[str]], room: int) -> list[int]:
     """The most important columns that fit side by side; the first two are always there."""
     ranked = [i for start in _TERMINAL_COLUMNS for i, heading in enumerate(headings) if heading.startswith(start)]
@@ -451,10 +472,13 @@ def _data(options: argparse.Namespace) -> None:
     ignored += options.words if options.action == "list" else []
     if any(ignored):
         raise UsageError(f"`fedmerge data {options.action}` takes no {' '.join(filter(None, ignored))}")
-    {"list": _data_list, "get": _data_get, "show": _data_show}[options.action](options)
+    if options.action == "list":
+        _data_list()
+    else:
+        {"get": _data_get, "show": _data_show}[options.action](options)
 
 
-def _data_list(options: argparse.Namespace) -> None:  # noqa: ARG001
+def _data_list() -> None:
     grid = Grid("source", "what", "MB", "licence", "here", "needs")
     for name in SOURCES:
         listing = available(name)
@@ -483,8 +507,6 @@ def _data_get(options: argparse.Namespace) -> None:
 
 
 def _data_show(options: argparse.Namespace) -> None:
-    from fedmerge.data.picture import partition_svg  # noqa: PLC0415 - only this command draws
-
     table = override(_table_from(options.config), options.words)
     config = build_config(table)
     data = load_data(config.source, config.partition, config.run.seed)

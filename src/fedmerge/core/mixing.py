@@ -81,7 +81,7 @@ def adam_step(
 def mirror_step(
     logits: Float[Tensor, "C d"],
     along: Float[Tensor, "C d"],
-    scale: Float[Tensor, C],
+    scale: Float[Tensor, " C"],
     *,
     lr: float,
     decay: float,

@@ -56,15 +56,19 @@ def type_text(annotation: Any) -> str:
         return "one of " + ", ".join(repr(choice) for choice in typing.get_args(annotation))
     if origin in (Union, types.UnionType):
         return " or ".join(type_text(part) for part in typing.get_args(annotation))
-    if annotation is type(None):
-        return "none"
     if origin is tuple:
         return "a list of " + type_text(typing.get_args(annotation)[0])
     if dataclasses.is_dataclass(annotation):
         return "a table"
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}.get(
-        annotation, getattr(annotation, "__name__", str(annotation))
-    )
+    words: dict[Any, str] = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "a text",
+        dict: "a table",
+    }
+    words |= {Any: "anything", type(None): "none"}
+    return words.get(origin or annotation, getattr(annotation, "__name__", str(annotation)))
 
 
 def accepted_text(field: dataclasses.Field[Any], annotation: Any) -> str:
@@ -93,9 +97,13 @@ def _convert_number(annotation: type, value: Any) -> Any:
         if isinstance(value, float):
             raise _MisfitError
         return value
-    if not math.isfinite(value):
+    try:
+        number = float(value)
+    except OverflowError as error:  # a whole number beyond any float
+        raise _MisfitError from error
+    if not math.isfinite(number):
         raise _MisfitError
-    return float(value)
+    return number
 
 
 def _convert_union(annotation: Any, value: Any) -> Any:

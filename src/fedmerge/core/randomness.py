@@ -21,7 +21,8 @@ def generator(seed: int, purpose: str, *counters: int) -> np.random.Generator:
     Args:
         seed: The run's seed, >= 0.
         purpose: What is drawn, for example ``"batches"``; two purposes never share numbers.
-        counters: For example round and client, >= 0.
+        counters: For example round and client, >= 0; equally many for all draws of one purpose, because trailing
+            zeros do not count.
 
     >>> generator(0, "batches", 3, 7).integers(100) == generator(0, "batches", 3, 7).integers(100)
     True

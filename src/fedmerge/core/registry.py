@@ -82,7 +82,10 @@ class Registry(Generic[T]):
     def build(self, table: Mapping[str, Any], where: str, faults: list[str]) -> T | None:
         """An instance from a table with a ``name`` and options; faults are collected, not raised."""
         options = dict(table)
-        name = options.pop("name", None)
+        if "name" not in options:
+            faults.append(f"{where}.name: missing; known: {', '.join(self)}")
+            return None
+        name = options.pop("name")
         if not isinstance(name, str) or name not in self._entries:
             faults.append(f"{where}.name: {unknown_name(self.what, name, self._entries)}")
             return None

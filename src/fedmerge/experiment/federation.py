@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedmerge.core.errors import UsageError
+from fedmerge.core.errors import FedmergeError, UsageError
 from fedmerge.core.protocol import Federation
 from fedmerge.core.randomness import fresh_module_randomness
 from fedmerge.core.vector import Layout
@@ -71,17 +71,26 @@ def make_module(
     with fresh_module_randomness(seed, "initial weights", draw):
         if isinstance(model, nn.Module):
             module = copy.deepcopy(model) if draw == 0 else _redrawn(model)
-        elif callable(model):
-            module = model()
-        elif hasattr(model, "build"):
-            module = model.build(data.input_shape, data.num_classes)
         else:
-            raise UsageError(
-                f"model: got a {type(model).__name__}; expected a name, a torch.nn.Module, or a function that makes one"
-            )
+            module = _made(model, data)
     if not isinstance(module, nn.Module):
         raise UsageError(f"model: your function gave a {type(module).__name__}; expected a torch.nn.Module")
     return module.to(dtype) if dtype == torch.float64 else module
+
+
+def _made(model: Any, data: FederatedData) -> Any:
+    """What a recipe or a user's function makes."""
+    if not callable(model) and not hasattr(model, "build"):
+        raise UsageError(
+            f"model: got a {type(model).__name__}; expected a name, a torch.nn.Module, or a function that makes one"
+        )
+    try:
+        return model() if callable(model) else model.build(data.input_shape, data.num_classes)
+    except FedmergeError:
+        raise
+    except Exception as error:  # too large for this machine, or whatever a user's function raises
+        name = getattr(model, "__name__", type(model).__name__)
+        raise UsageError(f"model {name} could not be made: {type(error).__name__}: {error}") from error
 
 
 def _redrawn(module: nn.Module) -> nn.Module:
@@ -98,8 +107,9 @@ def _redrawn(module: nn.Module) -> nn.Module:
             "has no reset_parameters(); give a function that makes a fresh module instead of a module"
         )
     for part in twin.modules():
-        if hasattr(part, "reset_parameters"):
-            part.reset_parameters()
+        reset = getattr(part, "reset_parameters", None)
+        if callable(reset):
+            reset()
     return twin
 
 

@@ -42,11 +42,13 @@ class Imported:
             UsageError: if it cannot be imported or called, or does not give a module.
         """
         factory = self._factory()
-        wanted = _accepted(factory, {"input_shape": input_shape, "num_classes": num_classes})
         try:
+            wanted = _accepted(factory, {"input_shape": input_shape, "num_classes": num_classes})
             module = factory(**{**wanted, **(self.options or {})})
         except TypeError as error:
             raise UsageError(f"model {self.path!r} could not be called: {error}") from error
+        except Exception as error:
+            raise UsageError(f"model {self.path!r} could not be built: {type(error).__name__}: {error}") from error
         if not isinstance(module, nn.Module):
             raise UsageError(f"model {self.path!r} gave a {type(module).__name__}; expected a torch.nn.Module")
         return module
@@ -58,7 +60,12 @@ class Imported:
             raise UsageError(
                 unknown_name(f"name in {location}", name, [n for n in vars(module) if not n.startswith("_")])
             )
-        factory: Callable[..., Any] = getattr(module, name)
+        factory: object = getattr(module, name)
+        if not callable(factory):
+            raise UsageError(
+                f"model {self.path!r} is a {type(factory).__name__}, which cannot be called; "
+                "expected a class or a function that gives a torch.nn.Module"
+            )
         return factory
 
 
@@ -69,6 +76,8 @@ def _module_by_name(name: str) -> ModuleType:
         raise UsageError(
             f"cannot import {name!r}: {error}; is it installed, or did you mean a path ending in .py?"
         ) from error
+    except Exception as error:
+        raise UsageError(f"{name} could not be run: {type(error).__name__}: {error}") from error
 
 
 def _module_from_file(path: Path) -> ModuleType:
@@ -83,6 +92,7 @@ def _module_from_file(path: Path) -> ModuleType:
     try:
         spec.loader.exec_module(module)
     except Exception as error:
+        del sys.modules[name]
         raise UsageError(f"{path} could not be run: {type(error).__name__}: {error}") from error
     return module
 

@@ -104,6 +104,7 @@ def remarks(study: Study) -> tuple[str, ...]:
         + (" Differences are in percentage points of that mean." if len(study.labels) > 1 else ""),
         _evidence(study),
         _below_local(study),
+        *_one_model(study),
         *_unfinished(study),
     ]
     return tuple(sentence for sentence in found if sentence)
@@ -128,6 +129,17 @@ def _below_local(study: Study) -> str:
     if not shares:
         return ""
     return f"{percent(float(np.mean(shares)))} % of the clients would do better training alone."
+
+
+def _one_model(study: Study) -> list[str]:
+    """Runs that looked for structure and kept one model: what they found, and what a reader could try."""
+    return [
+        f"{run.label}, seed {run.seed}, found no structure and kept one model: the clients' first updates spread by "
+        f"{run.last().state['gate']:.3f}, below the gate of {run.options['gate']:g}. "
+        "If clients are known to differ, give num_models or lower the gate."
+        for run in study.all_runs()
+        if run.last().state.get("gate") is not None and run.last().state.get("num_models") == 1
+    ]
 
 
 def _unfinished(study: Study) -> list[str]:

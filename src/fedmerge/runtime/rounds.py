@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fedmerge.core.protocol import Algorithm, Batches, Task, deliver, stack, take, tree_bytes
+from fedmerge.core.protocol import Algorithm, Batch, Batches, Slope, Task, deliver, stack, take, tree_bytes
 from fedmerge.runtime.engines import Engine
 from fedmerge.training.scores import Tally, tally
 
@@ -39,6 +39,12 @@ class Fleet:
         if self.policy != "local" or not len(self.buffers[client]):
             return params
         return torch.cat([params[: self.num_trainable], self.buffers[client]])
+
+    def own_task(self, task: Task, buffers: Tensor) -> _OwnBuffers | None:
+        """The task on a client's own buffers under policy ``local``; None where there are none to keep."""
+        if self.policy != "local" or not len(buffers):
+            return None
+        return _OwnBuffers(task, buffers, self.num_trainable)
 
 
 @dataclass(frozen=True)
@@ -101,17 +107,26 @@ def run_round(
 
 
 class _OwnBuffers:
-    """A task whose training starts from the client's own buffers and remembers where they ended (policy ``local``)."""
+    """A task that puts the client's own buffers into every vector, and remembers where training left them."""
 
     def __init__(self, task: Task, buffers: Tensor, num_trainable: int) -> None:
         self._task, self._num_trainable = task, num_trainable
         self.buffers = buffers
-        self.gradient, self.loss = task.gradient, task.loss
+
+    def _own(self, params: Tensor) -> Tensor:
+        return torch.cat([params[: self._num_trainable], self.buffers])
+
+    def gradient(self, params: Tensor, batch: Batch) -> Slope:
+        """Loss, gradient and new buffers in training mode."""
+        return self._task.gradient(self._own(params), batch)
+
+    def loss(self, params: Tensor, batch: Batch) -> Tensor:
+        """Mean loss of a batch in evaluation mode."""
+        return self._task.loss(self._own(params), batch)
 
     def train(self, params: Tensor, batches: Batches, *, pull: float = 0.0, towards: Tensor | None = None) -> Tensor:
         """Local SGD from `params` with the client's own buffers."""
-        start = torch.cat([params[: self._num_trainable], self.buffers])
-        trained = self._task.train(start, batches, pull=pull, towards=towards)
+        trained = self._task.train(self._own(params), batches, pull=pull, towards=towards)
         self.buffers = trained[self._num_trainable :]
         return trained
 
@@ -120,10 +135,10 @@ def _train(
     algorithm: Algorithm[Any], fleet: Fleet, task: Task, received: Any, private: Any, steps: Batches, buffers: Tensor
 ) -> tuple[Any, Any, Tensor]:
     """One client's reply, its new private state, and the buffers it keeps."""
-    if fleet.policy != "local" or not len(buffers):
+    own = fleet.own_task(task, buffers)
+    if own is None:
         reply, private = algorithm.train(received, private, steps, task)
         return reply, private, buffers
-    own = _OwnBuffers(task, buffers, fleet.num_trainable)
     reply, private = algorithm.train(received, private, steps, own)
     delta = reply.delta
     silent = torch.cat([delta[: fleet.num_trainable], torch.zeros_like(delta[fleet.num_trainable :])])
@@ -145,8 +160,10 @@ def personal_models(
     everyone = torch.arange(len(train))
     down = algorithm.send(state, everyone)
     models = engine.map(
-        lambda task, received, private, batches: algorithm.personal(received, private, batches, task),
-        [(take(down, i), fleet.private[i], train[i]) for i in range(len(train))],
+        lambda task, received, private, batches, buffers: algorithm.personal(
+            received, private, batches, fleet.own_task(task, buffers) or task
+        ),
+        [(take(down, i), fleet.private[i], train[i], fleet.buffers[i]) for i in range(len(train))],
     )
     if fleet.policy == "recalibrate" and len(fleet.buffers[0]):
         measured = engine.measured_buffers(list(zip(models, train, strict=True)))

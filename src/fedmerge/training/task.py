@@ -34,8 +34,16 @@ def is_batch_coupled(module: nn.Module) -> bool:
 
 
 def has_dropout(module: nn.Module) -> bool:
-    """Whether the forward pass draws random numbers, as far as torch's own layers tell."""
-    return any(isinstance(part, nn.modules.dropout._DropoutNd) and part.p > 0 for part in module.modules())
+    """Whether the forward pass draws random numbers in training, as far as torch's own layers tell."""
+    return any(_draws(part) for part in module.modules())
+
+
+def _draws(part: nn.Module) -> bool:
+    if isinstance(part, nn.modules.dropout._DropoutNd):
+        return part.p > 0
+    if isinstance(part, (nn.RNNBase, nn.MultiheadAttention)):
+        return part.dropout > 0
+    return isinstance(part, nn.RReLU)
 
 
 def measuring_twin(module: nn.Module) -> nn.Module:
@@ -152,23 +160,18 @@ class FunctionalTask:
         self._training = copy.deepcopy(module).train()
         self._evaluating = copy.deepcopy(module).eval()
 
-    def _split(self, params: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Trainable tensors, and buffers as copies that the forward pass may write to."""
-        everything = self.layout.views(params)
-        buffers = {slot.name for slot in self.layout.slots if slot.role == "buffer"}
-        trainable = {name: tensor for name, tensor in everything.items() if name not in buffers}
-        return trainable, {name: everything[name].clone() for name in everything if name in buffers}
-
     def gradient(self, params: Float[Tensor, " P"], batch: Batch) -> Slope:
         """Loss, gradient [T] and new buffers [P − T] in training mode."""
-        trainable, buffers = self._split(params)
+        trainable = self.layout.views(params[: self.layout.num_trainable])
+        held = {name: tensor for name, tensor in self.layout.views(params).items() if name not in trainable}
 
-        def loss_of(tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        def loss_of(tensors: dict[str, Tensor]) -> tuple[Tensor, tuple[Tensor, dict[str, Tensor]]]:
+            buffers = {name: tensor.clone() for name, tensor in held.items()}  # the forward pass writes into them
             outputs = functional_call(self._training, {**tensors, **buffers}, (batch.inputs,))
             loss = _weighted(self._criterion, outputs, batch)
-            return loss, loss.detach()
+            return loss, (loss.detach(), {name: tensor.detach() for name, tensor in buffers.items()})
 
-        slopes, loss = grad(loss_of, has_aux=True)(trainable)
+        slopes, (loss, buffers) = grad(loss_of, has_aux=True)(trainable)
         return Slope(loss, self.layout.flatten(slopes), self.layout.flatten(buffers) if buffers else params[:0])
 
     def predict(self, params: Float[Tensor, " P"], inputs: Tensor) -> Tensor:

@@ -1,0 +1,418 @@
+"""The round loop: the same bits whenever nothing that matters differs, and counts that can be made by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from fedmerge.algorithms import ALGORITHMS
+from fedmerge.core.errors import FedmergeError, UsageError
+from fedmerge.core.protocol import state_tensors
+from fedmerge.data import FederatedData
+from fedmerge.experiment.comparison import plan, run_jobs
+from fedmerge.experiment.config import RunOptions, build_config
+from fedmerge.experiment.execute import Outcome, execute, execute_config
+from fedmerge.experiment.federation import load_data, make_module
+from fedmerge.experiment.record import RoundRecord, read_run, to_plain
+from fedmerge.experiment.simulation import advance, cohort_of_round, prepare
+from fedmerge.models.mlp import Mlp
+from fedmerge.runtime import Sequential, Vectorised
+from fedmerge.training import LocalTraining, draw_batches
+from small import TABLE, small
+
+METHODS = {name: {"name": name} for name in ALGORITHMS} | {
+    "fesem": {"name": "fesem", "num_models": 2},
+    "ifca": {"name": "ifca", "num_models": 2},
+    "fedmerge": {"name": "fedmerge", "num_models": 2, "initial": "noise"},
+}
+each_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+
+
+def outcome(method: Any = "fedavg", **changes: Any) -> Outcome:
+    return execute_config(build_config(small(method, **changes)))
+
+
+def clients(seed: int = 0) -> FederatedData:
+    config = build_config(small())
+    return load_data(config.source, config.partition, seed)
+
+
+def tensors(result: Outcome) -> dict[str, Tensor]:
+    return state_tensors(result.progress.state)
+
+
+def same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    """NaN, which stands for what is not known yet, equals itself here."""
+    return one.keys() == other.keys() and all(_bytes(one[name]) == _bytes(other[name]) for name in one)
+
+
+def _bytes(tensor: Tensor) -> tuple[tuple[int, ...], bytes]:
+    return tuple(tensor.shape), tensor.numpy().tobytes()
+
+
+def timeless(record: RoundRecord) -> Any:
+    return to_plain(dataclasses.replace(record, seconds=0.0))
+
+
+# ------------------------------------------------------------------------------------------------ same and different
+
+
+@each_method
+def test_the_same_seed_gives_the_same_bits(method: Any, tmp_path: Path) -> None:
+    records = [
+        execute_config(build_config(small(method)), folder=tmp_path / name).record for name in ("one", "two")
+    ]
+    one, two = (load_file(tmp_path / name / "models.safetensors") for name in ("one", "two"))
+    assert same_bits(one, two)
+    assert [timeless(record) for record in records[0].rounds] == [timeless(record) for record in records[1].rounds]
+
+
+def test_another_seed_gives_other_clients_and_models() -> None:
+    one, other = outcome(), outcome(seed=1)
+    assert one.record.data_sha256 != other.record.data_sha256
+    assert not same_bits(tensors(one), tensors(other))
+
+
+def test_dropout_draws_the_same_masks_for_the_same_seed() -> None:
+    def run(seed: int) -> dict[str, Tensor]:
+        options = RunOptions(rounds=2, finetune_epochs=1, seed=seed)
+        net = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.Dropout(0.5), nn.Linear(8, 10))
+        for parameter in net.parameters():
+            nn.init.constant_(parameter, 0.01)
+        method = ALGORITHMS["fedavg"].cls()
+        return tensors(execute(method, clients(), net, LocalTraining(epochs=1), options, label="dropout"))
+
+    assert same_bits(run(0), run(0))
+    assert not same_bits(run(0), run(1))
+
+
+def test_runs_side_by_side_give_the_same_bits_as_one_by_one(tmp_path: Path) -> None:
+    jobs = plan(TABLE, [METHODS["fedmerge"], "fedavg"], [0])
+    one = run_jobs(jobs, tmp_path / "one", processes=1)
+    two = run_jobs(jobs, tmp_path / "two", processes=2)
+    for job, a, b in zip(jobs, one, two, strict=True):
+        saved = [load_file(tmp_path / name / job.name / "models.safetensors") for name in ("one", "two")]
+        assert same_bits(*saved)
+        assert [timeless(record) for record in a.rounds] == [timeless(record) for record in b.rounds]
+
+
+@each_method
+def test_every_method_meets_the_same_cohorts_start_and_batches(method: Any) -> None:
+    found = outcome(method, fraction=0.4, rounds=3)
+    reference = outcome("fedavg", fraction=0.4, rounds=3)
+    assert [r.cohort for r in found.record.rounds] == [r.cohort for r in reference.record.rounds]
+    assert found.record.data_sha256 == reference.record.data_sha256
+    start = [r.setup.layout.read(r.setup.module) for r in (found, reference)]
+    assert torch.equal(*start)
+    backward = [[record.backward for record in r.record.rounds] for r in (found, reference)]
+    assert backward[0] == backward[1]
+
+
+def test_batches_depend_on_seed_round_and_client_alone() -> None:
+    train = clients().clients[0].train
+
+    def drawn(**changes: int) -> Tensor:
+        counters = {"seed": 0, "round_number": 1, "client": 0} | changes
+        return torch.cat([batch.targets for batch in draw_batches(train, LocalTraining(epochs=4), lr=0.1, **counters)])
+
+    assert torch.equal(drawn(), drawn())
+    assert all(not torch.equal(drawn(), drawn(**{name: 7})) for name in ("seed", "round_number", "client"))
+
+
+@each_method
+def test_who_is_named_first_in_the_cohort_is_irrelevant(method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = build_config(small(method, precision="float64"))
+    setup, progress = prepare(config.method, clients(), config.model, config.training, config.run)
+    ascending, record = advance(setup, progress)
+    monkeypatch.setattr("fedmerge.experiment.simulation.cohort_of_round", lambda *_: torch.tensor([3, 0, 4, 1, 2]))
+    shuffled, other = advance(setup, progress)
+    assert same_bits(state_tensors(ascending.state), state_tensors(shuffled.state))
+    assert (record.bytes_down, record.bytes_up, record.forward) == (other.bytes_down, other.bytes_up, other.forward)
+
+
+# ------------------------------------------------------------------------------------------------ cohorts, schedules
+
+
+def test_a_cohort_is_a_share_of_the_clients_in_ascending_order() -> None:
+    cohorts = [cohort_of_round(RunOptions(fraction=0.3), 10, number).tolist() for number in range(1, 40)]
+    assert all(len(cohort) == 3 and cohort == sorted(set(cohort)) for cohort in cohorts)
+    assert {client for cohort in cohorts for client in cohort} == set(range(10))
+
+
+def test_the_smallest_fraction_still_asks_one_client() -> None:
+    assert len(cohort_of_round(RunOptions(fraction=0.001), 10, 1)) == 1
+
+
+def test_all_clients_take_part_where_the_fraction_is_one() -> None:
+    assert cohort_of_round(RunOptions(), 3, 1).tolist() == [0, 1, 2]
+
+
+def test_a_cosine_schedule_ends_slower_than_a_constant_one() -> None:
+    shared = {"epochs": 1, "lr": 0.1}
+    constant = outcome(rounds=4, training=shared)
+    cosine = outcome(rounds=4, training={**shared, "schedule": "cosine"})
+
+    def last_step(run: Outcome) -> float:
+        return float(tensors(run)["velocity"].norm())  # without momentum: the last averaged update
+
+    # rate of round 4 of 4: 0.1 · (1 + cos(3π/4))/2 = 0.1 · 0.146
+    assert last_step(cosine) < 0.3 * last_step(constant)
+
+
+def test_round_zero_and_every_kth_and_the_last_round_are_evaluated() -> None:
+    record = outcome(rounds=5, evaluate_every=2).record
+    assert [r.round for r in record.rounds] == [0, 1, 2, 3, 4, 5]
+    assert [r.round for r in record.evaluated()] == [0, 2, 4, 5]
+
+
+def test_evaluation_does_not_change_the_training() -> None:
+    assert same_bits(tensors(outcome(evaluate_every=1)), tensors(outcome(evaluate_every=2)))
+
+
+def test_fine_tuning_stands_beside_the_plain_result() -> None:
+    plain, tuned = outcome(), outcome(finetune_epochs=3)
+    assert plain.record.finetuned is None
+    assert tuned.record.finetuned is not None
+    assert tuned.record.finetuned != tuned.record.last().test
+    assert [timeless(r) for r in plain.record.rounds] == [timeless(r) for r in tuned.record.rounds]
+    assert same_bits(tensors(plain), tensors(tuned))
+
+
+# ------------------------------------------------------------------------------------------------ precision, runtime
+
+
+def test_float64_runs_in_float64_throughout() -> None:
+    run = outcome(precision="float64")
+    assert tensors(run)["models"].dtype == torch.float64
+    assert run.setup.data.clients[0].train.inputs.dtype == torch.float64
+    assert tensors(outcome())["models"].dtype == torch.float32
+
+
+@each_method
+def test_runtimes_agree(method: Any) -> None:
+    runs = [
+        outcome(method, precision="float64", rounds=3, runtime=runtime).record
+        for runtime in ("sequential", "vectorised", "auto")
+    ]
+    for one, two in ((runs[0], runs[1]), (runs[1], runs[2])):
+        for a, b in zip(one.rounds, two.rounds, strict=True):
+            for split in ("validation", "test"):
+                x, y = getattr(a, split), getattr(b, split)
+                assert x.accuracy == pytest.approx(y.accuracy, abs=1e-10)
+                assert x.loss == pytest.approx(y.loss, abs=1e-10)
+
+
+class Item(nn.Module):
+    """Cannot be vectorised: it looks at a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear(x.flatten(1))
+        return 2 * y if y.sum().item() > 0 else y
+
+
+class Centred(nn.Module):
+    """An unknown layer that looks across its batch: padding would change its numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear(x.flatten(1) + 1)
+        return y - y.mean(0)
+
+
+class Recurrent(nn.Module):
+    """torch has no vectorised form of its GRU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gru, self.linear = nn.GRU(8, 4, batch_first=True), nn.Linear(4, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear(self.gru(x[:, 0])[0][:, -1])
+        return y
+
+
+def prepared(model: Any, runtime: Any = "auto", **training: Any) -> Any:
+    return prepare(ALGORITHMS["fedavg"].cls(), clients(), model, LocalTraining(**training), RunOptions(runtime=runtime))
+
+
+def test_auto_vectorises_small_networks_and_no_convolutions() -> None:
+    assert isinstance(prepared(Mlp())[0].engine, Vectorised)
+    conv = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(72, 10))
+    assert isinstance(prepared(conv)[0].engine, Sequential)
+
+
+@pytest.mark.parametrize("module", [Item, Centred, Recurrent])
+def test_auto_runs_a_module_that_cannot_be_vectorised_sequentially(module: type[nn.Module]) -> None:
+    assert isinstance(prepared(module)[0].engine, Sequential)
+    with pytest.raises(UsageError, match=f"'vectorised' cannot run {module.__name__}: .*Use runtime 'auto'"):
+        prepared(module, "vectorised")
+
+
+# ------------------------------------------------------------------------------------------------ counts by hand
+
+# Inputs of 64 pixels, 8 hidden units, 10 classes.
+P = 64 * 8 + 8 + 8 * 10 + 10
+FLOAT32 = 4
+
+
+def test_fedavg_sends_one_model_each_way() -> None:
+    record = outcome(fraction=0.4).record.rounds[1]
+    assert len(record.cohort) == 2  # of 5 clients
+    assert record.bytes_down == record.bytes_up == 2 * P * FLOAT32
+    assert record.forward == record.backward == 2 * 10  # one epoch over 10 examples each
+
+
+def test_epochs_multiply_the_passes() -> None:
+    record = outcome(training={"epochs": 3}).record.rounds[1]
+    assert record.forward == record.backward == 5 * 3 * 10
+
+
+def test_steps_count_their_batches() -> None:
+    record = outcome(training={"steps": 4, "batch_size": 4}).record.rounds[1]
+    # 10 examples in batches of 4, 4, 2 and, of the next epoch, 4
+    assert record.forward == record.backward == 5 * (4 + 4 + 2 + 4)
+
+
+def test_ifca_sends_all_models_and_looks_at_each() -> None:
+    record = outcome(METHODS["ifca"]).record.rounds[1]
+    index = 8  # bytes of an int64
+    assert record.bytes_down == 5 * 2 * P * FLOAT32
+    assert record.bytes_up == 5 * (P * FLOAT32 + index)
+    assert record.backward == 5 * 10
+    assert record.forward == 5 * 10 * (1 + 2)
+
+
+def test_local_training_sends_nothing() -> None:
+    record = outcome("local").record.rounds[1]
+    assert (record.bytes_down, record.bytes_up, record.backward) == (0, 0, 5 * 10)
+
+
+def test_round_zero_costs_nothing() -> None:
+    first = outcome().record.rounds[0]
+    assert (first.bytes_down, first.bytes_up, first.forward, first.backward, first.cohort) == (0, 0, 0, 0, ())
+
+
+# ------------------------------------------------------------------------------------------------ modules
+
+
+def test_the_users_module_is_neither_changed_nor_kept() -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    before = [parameter.clone() for parameter in net.parameters()]
+    setup, progress = prepare(
+        ALGORITHMS["fedavg"].cls(), clients(), net, LocalTraining(), RunOptions(precision="float64")
+    )
+    advance(setup, progress)
+    assert all(torch.equal(a, b) and b.dtype == torch.float32 for a, b in zip(before, net.parameters(), strict=True))
+
+
+def test_a_module_is_the_first_draw_and_later_draws_are_fresh() -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    first, second, again = (make_module(net, clients(), 0, draw) for draw in (0, 1, 1))
+    assert torch.equal(first[1].weight, net[1].weight)
+    assert not torch.equal(second[1].weight, net[1].weight)
+    assert torch.equal(second[1].weight, again[1].weight)
+
+
+class Bare(nn.Module):
+    """Parameters without a way to draw them anew."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(64, 10))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1) @ self.weight
+
+
+def test_several_draws_of_a_module_need_reset_parameters() -> None:
+    with pytest.raises(UsageError, match="no reset_parameters"):
+        make_module(Bare(), clients(), 0, 1)
+    assert make_module(Bare, clients(), 0, 1).weight.shape == (64, 10)
+
+
+@pytest.mark.parametrize(
+    ("model", "told"),
+    [
+        (lambda: nn.Sequential(nn.Flatten(), nn.Linear(63, 10)), r"cannot be trained on a batch of 10 inputs \[1, 8, 8\]"),
+        (lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 9)), r"gives \(10, 9\) .* expected a tensor \(10, 10\)"),
+        (lambda: nn.Linear(8, 10), r"gives \(10, 1, 8, 10\)"),
+        (lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 10).double()), "torch.float32"),
+        (lambda: nn.Sequential(nn.Flatten(), nn.LazyLinear(10)), "has lazy parameters"),
+        (lambda: nn.Flatten(), "has no trainable parameters"),
+        (lambda: "a network", "your function gave a str; expected a torch.nn.Module"),
+        (3, "got a int; expected a name, a torch.nn.Module, or a function that makes one"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+def test_a_module_that_does_not_fit_is_refused_before_training(model: Any, told: str) -> None:
+    with pytest.raises(UsageError, match=told):
+        prepared(model)
+
+
+def test_batch_norm_without_a_second_example_is_refused_before_training() -> None:
+    net = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Linear(64, 10))
+    assert prepared(net)
+    with pytest.raises(UsageError, match=r"a batch of 1 inputs .* which client .* has: .*more than 1 value"):
+        prepared(net, batch_size=9)  # 10 examples in batches of 9 and 1
+
+
+# ------------------------------------------------------------------------------------------------ stopped runs
+
+
+def test_ctrl_c_keeps_what_was_finished(tmp_path: Path) -> None:
+    def interrupt(record: RoundRecord) -> None:
+        if record.round == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        execute_config(build_config(small(rounds=5)), folder=tmp_path / "run", watch=interrupt)
+    record = read_run(tmp_path / "run")
+    assert record.status == "interrupted"
+    assert [r.round for r in record.rounds] == [0, 1, 2]
+    two_rounds = state_tensors(outcome(rounds=2).progress.state)
+    saved = load_file(tmp_path / "run" / "models.safetensors")
+    assert all(torch.equal(saved[f"server.{name}"], tensor) for name, tensor in two_rounds.items())
+
+
+def test_a_failing_run_says_so_and_keeps_its_rounds(tmp_path: Path) -> None:
+    with pytest.raises(FedmergeError, match="lower the learning rate"):
+        execute_config(build_config(small(training={"lr": 1e30})), folder=tmp_path / "run")
+    record = read_run(tmp_path / "run")
+    assert record.status == "failed"
+    assert [r.round for r in record.rounds] == [0]
+
+
+def test_diverged_local_training_is_an_error_too() -> None:
+    with pytest.raises(FedmergeError, match=r"clients client-0.*NaN or infinite.*lower the learning rate"):
+        outcome("local", training={"lr": 1e30})
+
+
+def test_a_refused_run_leaves_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="at most one model per client"):
+        execute_config(build_config(small({"name": "ifca", "num_models": 6})), folder=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_finished_folder_holds_everything(tmp_path: Path) -> None:
+    execute_config(build_config(small()), folder=tmp_path / "run")
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        "config.toml",
+        "models.safetensors",
+        "partition.json",
+        "partition.svg",
+        "rounds.jsonl",
+        "run.json",
+    ]
