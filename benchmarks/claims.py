@@ -28,7 +28,8 @@ from fedmerge import __version__
 from fedmerge.experiment.comparison import plan, run_jobs
 from fedmerge.experiment.record import RunRecord
 from fedmerge.report import comparison_table, runs_frame
-from fedmerge.report.statistics import client_accuracies, paired_interval
+from fedmerge.report.statistics import paired_interval
+from fedmerge.report.study import client_accuracies
 
 TUNING_SEED = 1000
 SEEDS = (0, 1, 2)

@@ -96,8 +96,8 @@ Command: `python benchmarks/engines.py --repeats {options.repeats}`; fedmerge {_
 Python {platform.python_version()}, {platform.machine()}, one thread.
 
 FedMerge, 50 clients with 64 images of Fashion-MNIST each, two local epochs of batch 32: 200 client-steps a round, the
-server's step included. Sequential and vectorised interleaved, {options.repeats} repeats, medians; above 1 the vectorised one is
-faster.
+server's step included. Sequential and vectorised interleaved, {options.repeats} repeats, medians; above 1 the
+vectorised one is faster.
 
 | network and image | sequential (ms) | vectorised (ms) | ratio of medians | smallest – largest |
 |---|---|---|---|---|

@@ -115,20 +115,41 @@ def received(algorithm, state, g, num_examples):
     return deliver(algorithm, state, torch.arange(len(g)), Update(g), num_examples)
 
 
+def some_progress(rng, n):
+    """From hardly any structure, round the gate, to more groups than models may be, [n, 12]."""
+    means = float(10 ** rng.uniform(-1, 1.5)) * rng.normal(size=(int(rng.integers(1, 30)), 12))
+    return torch.from_numpy(means[rng.integers(len(means), size=n)] + rng.normal(size=(n, 12)) + rng.uniform(0, 6))
+
+
+def library_groups(h):
+    algorithm = FedMerge(search_rounds=1)
+    state = received(algorithm, library_state(algorithm, *h.shape), h, torch.ones(len(h), dtype=torch.int64))
+    return state.soup.logits[0].argmax(dim=1)
+
+
 def test_its_search_decides_like_the_library():
-    """From hardly any structure, round the gate, to more groups than models may be."""
-    algorithm, found = FedMerge(search_rounds=1), set()
+    found = set()
     for case in range(500):
         rng = generator(1, "progress", case)
-        n, groups = int(rng.integers(4, 60)), int(rng.integers(1, 30))
-        means = float(10 ** rng.uniform(-1, 1.5)) * rng.normal(size=(groups, 12))
-        h = torch.from_numpy(means[rng.integers(groups, size=n)] + rng.normal(size=(n, 12)) + rng.uniform(0, 6))
-        state = received(algorithm, library_state(algorithm, n, 12), h, torch.ones(n, dtype=torch.int64))
+        h = some_progress(rng, int(rng.integers(4, 60)))
         group = one_file.groups_of(h)
         found.add(int(group.max()) + 1)
-        assert len(state.soup.models) == int(group.max()) + 1, case
-        assert not group.any() or torch.equal(state.soup.logits[0], nn.functional.one_hot(group).double()), case
+        assert torch.equal(group, library_groups(h)), case
     assert found == set(range(1, 16))
+
+
+def test_its_search_changes_its_mind_where_the_library_does():
+    """Between two h with different numbers of groups, bisection finds where it changes: thresholds agree to 1e-6."""
+    for case in range(100):
+        rng = generator(3, "progress", case)
+        n = int(rng.integers(4, 30))
+        ends = [some_progress(rng, n), some_progress(rng, n)]
+        for _ in range(20):
+            middle = (ends[0] + ends[1]) / 2
+            alike = one_file.groups_of(middle).max() == one_file.groups_of(ends[0]).max()
+            ends[0 if alike else 1] = middle
+        for h in ends:
+            assert torch.equal(one_file.groups_of(h), library_groups(h)), case
 
 
 @pytest.mark.parametrize("case", range(20))
