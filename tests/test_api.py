@@ -77,7 +77,7 @@ def test_a_partition_without_a_name_changes_the_default_one() -> None:
     assert len(run(partition={"clients": 3}).record.client_names) == 3
 
 
-@pytest.mark.parametrize("model", [Net(), Net, lambda: Net()], ids=["module", "class", "function"])
+@pytest.mark.parametrize("model", [Net(), Net, lambda: nn.Sequential(Net())], ids=["module", "class", "function"])
 def test_own_modules_are_trained(model: Any) -> None:
     record = run(model=model).record
     assert record.num_params == 64 * 16 + 16 + 16 * 10 + 10

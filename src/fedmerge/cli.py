@@ -494,7 +494,8 @@ def _data_get(options: argparse.Namespace) -> None:
     if len(names) != 1:
         raise UsageError(f"got {' '.join(names) or 'no name'}; expected one source: fedmerge data get NAME")
     chosen = {key: parse_value(text) for key, _, text in (word.partition("=") for word in settings)}
-    with Progress(SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), console=err, transient=True) as bar:
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn())
+    with Progress(*columns, console=err, disable=not err.is_terminal, transient=True) as bar:
         task = bar.add_task("starting", total=None)
         pool = get(
             names[0],

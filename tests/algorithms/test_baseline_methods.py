@@ -152,6 +152,15 @@ def test_fesem_assigns_a_reply_to_its_nearest_centre():
     assert sorted(state.averages.models[:, 0].tolist()) == pytest.approx([5.0, 8.9])
 
 
+def test_fesem_measures_distance_and_not_direction():
+    """Centres 9, 5 and 20; a model at 13 is nearest to 9 (4 away), though 20 lies farthest in its direction."""
+    algorithm = FeSem(num_models=3)
+    state = deliver(algorithm, begin(algorithm), EVERYONE, Update(column(1.0, 5.0, -10.0)), COUNTS)
+    after = deliver(algorithm, state, torch.tensor([0]), Update(column(-4.0)), torch.tensor([1]))
+    assert after.assigned.tolist() == state.assigned.tolist()
+    assert sorted(after.averages.models[:, 0].tolist()) == pytest.approx([5.0, 13.0, 20.0])
+
+
 def test_fesem_sends_the_mean_of_the_centres_to_a_client_it_does_not_know():
     algorithm = FeSem(num_models=2)
     known = torch.tensor([0, 1])

@@ -12,6 +12,11 @@ REFUSED = [
     ({"rule": "official", "shrinkage": 0.3}, "shrinkage: got 0.3 with rule='official', which has none"),
     ({"rule": "official", "rows": "layer"}, "rows: got 'layer' with rule='official'; expected 'model'"),
     ({"rule": "adam", "decay": 0.1}, "decay: got 0.1 with rule='adam'; only rule='mirror' has it"),
+    ({"noise": 0.2}, "noise: got 0.2, which has no effect with initial='split'; leave it out"),
+    ({"initial": "noise", "search_rounds": 5}, "search_rounds: got 5, which has no effect with initial='noise'"),
+    ({"rule": "official", "lean": 2.0}, "lean: got 2.0, which has no effect with initial='independent'"),
+    ({"num_models": 3, "gate": 0.5}, "gate: got 0.5, which has no effect where d is given by hand"),
+    ({"num_models": 3, "max_models": 4}, "max_models: got 4, which has no effect where d is given by hand"),
     ({"rows": "layer", "scope": "head"}, "scope: got 'head' with rows='layer'; expected 'all' or nothing"),
 ]
 

@@ -29,10 +29,10 @@ ONE_WAY = [[1.0, 1.0], [2.0, 2.0], [0.5, 0.5], [1.0, 1.0]]
 
 
 def test_the_split_by_hand():
-    """Mean of h is 0, so Θ = (10, 10) first. Group means ±1.5 give 10 ∓ 1.5; W is 1 for the own group."""
+    """Mean of h is (0, 1), so Θ = (10, 9) first; group means (±1.5, 1) less that give 10 ∓ 1.5; W is 1 for the own."""
     algorithm = FedMerge(num_models=2, search_rounds=1, momentum=0.0)
-    state = reply(algorithm, begin(algorithm, 4), TWO_WAYS)
-    assert state.soup.models.tolist() == [[8.5, 10.0], [11.5, 10.0]]
+    state = reply(algorithm, begin(algorithm, 4), [[2.0, 1.0], [1.0, 1.0], [-1.0, 1.0], [-2.0, 1.0]])
+    assert state.soup.models.tolist() == [[8.5, 9.0], [11.5, 9.0]]
     assert state.soup.logits.tolist() == [[[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]]]
     assert not bool(state.searching)
     assert state.progress.shape == (0, 2)

@@ -181,6 +181,7 @@ class Wider:
 
     size: int | str | None = option(None, at_least=1)
     pairs: tuple[tuple[float, ...], ...] = option(((1, 2),), above=0)
+    names: tuple[str | int, ...] = option(())
 
     def __post_init__(self):
         check_options(self)
@@ -191,6 +192,13 @@ def test_unions_take_the_first_type_that_fits():
     assert accepted_text(*option_fields(Wider)["size"]) == "a whole number or a text >= 1 or none"
     with pytest.raises(UsageError, match=r"Wider.size: got 2.5"):
         Wider(size=2.5)
+
+
+def test_lists_may_hold_several_types():
+    assert Wider(names=["a", 2]).names == ("a", 2)
+    assert accepted_text(*option_fields(Wider)["names"]) == "a list of a text or a whole number"
+    with pytest.raises(UsageError, match=r"Wider.names: got \[None\]"):
+        Wider(names=[None])
 
 
 def test_ranges_reach_into_nested_lists():

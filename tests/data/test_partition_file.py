@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from pools import random_pool
 
 from fedmerge.core.errors import DataError
+from fedmerge.data.deal import deal
 from fedmerge.data.federated import ClientData, Examples, FederatedData, check_federation
-from fedmerge.data.partition import ClientPart, Partition, deal
+from fedmerge.data.partition import ClientPart, Partition
 from fedmerge.data.partitions import PARTITIONS
 from fedmerge.data.pool import Pool
 from fedmerge.data.transform import scale_of, turn

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from pools import random_pool
 
 from fedmerge.core.errors import DataError
-from fedmerge.data.partition import SPLITS, Partition, deal
+from fedmerge.data.deal import deal
+from fedmerge.data.partition import SPLITS, Partition
 from fedmerge.data.partitions import PARTITIONS
 
 KINDS = list(PARTITIONS)

@@ -8,7 +8,7 @@ import pytest
 from pools import random_pool
 
 from fedmerge.data.byo import from_arrays
-from fedmerge.data.partition import deal
+from fedmerge.data.deal import deal
 from fedmerge.data.partitions import PARTITIONS
 from fedmerge.data.picture import partition_svg
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import tomllib
 import typing
 from typing import Any
 
 import pytest
-from hypothesis import given
+import tomllib
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn
 
@@ -85,13 +85,15 @@ def options(draw: DrawFn, cls: type, leave_out: tuple[str, ...] = ()) -> dict[st
     return {name: draw(values(*fields[name])) for name in sorted(chosen)}
 
 
+@settings(deadline=None, derandomize=True)
 @given(options(RunOptions), options(LocalTraining, leave_out=("steps",)), options(ALGORITHMS["fedmerge"].cls))
 def test_any_options_survive_toml(run: dict[str, Any], training: dict[str, Any], method: dict[str, Any]) -> None:
-    try:
-        config = build_config({**run, "training": training, "method": {"name": "fedmerge", **method}})
-    except UsageError as error:  # only rules between two options may refuse values that each may have
-        assert "FedMerge" in str(error) or "fedmerge" in str(error)
+    table = {**run, "training": training, "method": {"name": "fedmerge", **method}}
+    faults: list[str] = []
+    if ALGORITHMS.build(table["method"], "method", faults) is None:  # two options that exclude each other
+        assert all("FedMerge" in fault for fault in faults)
         return
+    config = build_config(table)
     assert build_config(tomllib.loads(config_text(config))) == config
 
 
@@ -146,13 +148,22 @@ def test_override_leaves_its_argument_alone() -> None:
 
 @pytest.mark.parametrize("word", ["rounds", "=5", "rounds.deep=5", ""])
 def test_a_word_that_sets_nothing_is_refused(word: str) -> None:
-    with pytest.raises(UsageError, match="expected key=value|is a plain value"):
+    with pytest.raises(UsageError, match=r"expected key=value|is a plain value"):
         override({"rounds": 5}, [word])
 
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("1", 1), ("-2.5", -2.5), ("1e3", 1000.0), ("false", False), ('"1"', "1"), ("", ""), ("0-4", "0-4"), ("a=b", "a=b")],
+    [
+        ("1", 1),
+        ("-2.5", -2.5),
+        ("1e3", 1000.0),
+        ("false", False),
+        ('"1"', "1"),
+        ("", ""),
+        ("0-4", "0-4"),
+        ("a=b", "a=b"),
+    ],
 )
 def test_words_become_the_values_they_spell(text: str, value: Any) -> None:
     assert parse_value(text) == value
@@ -235,8 +246,7 @@ def test_a_table_where_a_plain_value_is_expected() -> None:
 @pytest.mark.parametrize("kind", REGISTRIES)
 def test_a_name_that_is_no_name(kind: str, name: Any) -> None:
     (fault,) = faults_of({kind: {"name": name}})
-    expected = f"{kind}.name: missing; known: " if name is None else f"{kind}.name: unknown {kind} {name!r}"
-    assert fault.startswith(expected)
+    assert fault.startswith(f"{kind}.name: unknown {kind} {name!r}")
 
 
 @pytest.mark.parametrize("label", ["a/b", "a\\b", "..", "a\nb", "a\0b", "x" * 201, "\udcff", 3, ["a"]])
@@ -273,7 +283,9 @@ def test_a_folder_is_no_file(tmp_path: Any) -> None:
         read_toml(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"rounds = ", b"\xff\xfe", b"a = 1\na = 2", b"a = " + b"9" * 5000, b"a=" + b"[" * 5000])
+@pytest.mark.parametrize(
+    "content", [b"rounds = ", b"\xff\xfe", b"a = 1\na = 2", b"a = " + b"9" * 5000, b"a=" + b"[" * 5000]
+)
 def test_a_file_that_is_not_toml_is_named(tmp_path: Any, content: bytes) -> None:
     path = tmp_path / "run.toml"
     path.write_bytes(content)

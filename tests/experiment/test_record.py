@@ -8,7 +8,7 @@ import math
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedmerge.core.errors import FedmergeError, UsageError
@@ -86,6 +86,7 @@ def test_a_run_without_rounds_can_be_read(tmp_path: Path) -> None:
         read_run(tmp_path).last()
 
 
+@settings(deadline=None, derandomize=True)
 @given(st.integers(0, 400))
 def test_a_line_torn_anywhere_costs_that_round_alone(tmp_path_factory: pytest.TempPathFactory, cut: int) -> None:
     folder = tmp_path_factory.mktemp("torn")
@@ -193,6 +194,7 @@ def with_scores(validation: list[float | None], test: list[float]) -> RunRecord:
 accuracies = st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0]), min_size=1, max_size=6)
 
 
+@settings(deadline=None, derandomize=True)
 @given(accuracies, st.data())
 def test_the_selected_round_does_not_depend_on_test_scores(validation: list[float], data: st.DataObject) -> None:
     test = data.draw(st.lists(st.floats(0, 1), min_size=len(validation), max_size=len(validation)))
@@ -200,6 +202,7 @@ def test_the_selected_round_does_not_depend_on_test_scores(validation: list[floa
     assert with_scores(validation, test).selected().round == with_scores(validation, shuffled).selected().round
 
 
+@settings(deadline=None, derandomize=True)
 @given(accuracies)
 def test_the_selected_round_is_the_earliest_with_the_best_validation(validation: list[float]) -> None:
     assert with_scores(validation, [0.0] * len(validation)).selected().round == validation.index(max(validation))

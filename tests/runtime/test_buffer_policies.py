@@ -116,6 +116,20 @@ def test_under_local_a_method_that_compares_losses_uses_the_clients_own_buffers(
         assert all(torch.equal(model, TABLE.draw(0)) for model in used)
 
 
+def test_a_task_on_own_buffers_ignores_those_of_the_vector():
+    """Gradient, loss and training all see the client's statistics; other policies leave the task alone."""
+    task, T = ModuleTask(TABLE.network(), TABLE.layout, TABLE.descent), TABLE.layout.num_trainable
+    params, batch = TABLE.draw(0), TABLE.batches([0], 1)[0][0]
+    own, foreign = params[T:] + 0.5, torch.cat([params[:T], params[T:] + 9.0])
+    _, fleet = TABLE.begin(FedAvg(), "local")
+    mine, wanted = fleet.own_task(task, own), torch.cat([params[:T], own])
+    torch.testing.assert_close(mine.loss(foreign, batch), task.loss(wanted, batch), **CLOSE)
+    for found, expected in zip(mine.gradient(foreign, batch), task.gradient(wanted, batch), strict=True):
+        torch.testing.assert_close(found, expected, **CLOSE)
+    torch.testing.assert_close(mine.train(foreign, (batch,)), task.train(wanted, (batch,)), **CLOSE)
+    assert TABLE.begin(FedAvg(), "merge")[1].own_task(task, own) is None
+
+
 def test_recalibrated_buffers_are_the_statistics_of_the_clients_own_data():
     """The normalisation comes first, so its statistics are those of the inputs: mean, and variance with n − 1."""
     algorithm = FedAvg()

@@ -24,7 +24,7 @@ def train(task, params, batches):
 
 
 @given(sizes=st.lists(st.integers(1, 25), min_size=1, max_size=9), most=st.integers(1, 4), size=st.integers(1, 7))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 def test_clients_of_any_size_in_any_order_train_as_if_alone(sizes, most, size):
     federation = SmallFederation(
         perceptron,

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fedmerge.core.protocol import Batches, Cost, Task, Update
-from fedmerge.core.sums import weighted_sum
+from fedmerge.core.protocol import Batches, Cost, Draw, Federation, Task, Update
+from fedmerge.core.sums import shares_of_examples, weighted_sum
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,19 @@ def moved(state: Models, step: Float[Tensor, "d P"], *, lr: float, momentum: flo
     change = torch.cat([lr * velocity, step[:, T:]], dim=1)
     models = (state.models.double() - change).to(state.models.dtype)
     return Models(models, velocity.to(state.velocity.dtype))
+
+
+def one_draw(self: Any, draw: Draw, federation: Federation, seed: int) -> Models:
+    """``init`` of a method with one model: the first draw."""
+    return fresh(draw(0)[None], federation.num_trainable)
+
+
+def federated_average(
+    self: Any, state: Models, clients: Int[Tensor, " C"], update: Update, num_examples: Int[Tensor, " C"]
+) -> Models:
+    """``receive`` of FedAvg: Θ ← Θ − η Σ_i (n_i/Σn) g_i, with the method's `server_lr` and `server_momentum`."""
+    share = shares_of_examples(num_examples)
+    return averaged(state, share, update, lr=self.server_lr, momentum=self.server_momentum)
 
 
 def averaged(

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from fedmerge.algorithms import _parts
 from fedmerge.algorithms._registry import algorithm
 from fedmerge.core.options import check_options, option
-from fedmerge.core.protocol import Batches, Draw, Federation, Task, Update
-from fedmerge.core.sums import shares_of_examples
+from fedmerge.core.protocol import Batches, Task, Update
 
 
 @algorithm("fedavg", citation="McMahan et al., AISTATS 2017, arXiv:1602.05629")
@@ -29,28 +28,14 @@ class FedAvg:
     def __post_init__(self) -> None:
         check_options(self)
 
-    def init(self, draw: Draw, federation: Federation, seed: int) -> _parts.Models:
-        """The first draw."""
-        return _parts.fresh(draw(0)[None], federation.num_trainable)
-
     def train(
         self, down: Float[Tensor, " P"], local: tuple[()], batches: Batches, task: Task
     ) -> tuple[Update, tuple[()]]:
         """Plain local training from the received model."""
         return _parts.trained_update(down, batches, task), local
 
-    def receive(
-        self,
-        state: _parts.Models,
-        clients: Int[Tensor, " C"],
-        update: Update,
-        num_examples: Int[Tensor, " C"],
-    ) -> _parts.Models:
-        """Θ ← Θ − η Σ_i (n_i/Σn) g_i."""
-        return _parts.averaged(
-            state, shares_of_examples(num_examples), update, lr=self.server_lr, momentum=self.server_momentum
-        )
-
+    init = _parts.one_draw
+    receive = _parts.federated_average
     send = _parts.to_everyone
     start = _parts.nothing_private
     personal = _parts.as_received

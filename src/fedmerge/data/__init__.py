@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from fedmerge.data.byo import FolderOptions, from_arrays, from_dataset, from_folder, from_frame
+from fedmerge.data.deal import deal
 from fedmerge.data.federated import ClientData, Examples, FederatedData, check_federation
-from fedmerge.data.partition import ClientPart, Partition, deal
+from fedmerge.data.partition import ClientPart, Partition
 from fedmerge.data.partitions import PARTITIONS
 from fedmerge.data.pool import Pool
 from fedmerge.data.sources import SOURCES

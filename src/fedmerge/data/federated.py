@@ -6,16 +6,14 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from fedmerge.core.errors import DataError
-
-if TYPE_CHECKING:
-    from fedmerge.data.partition import Partition
+from fedmerge.data.partition import Partition
 
 log = logging.getLogger(__name__)
 

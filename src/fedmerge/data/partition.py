@@ -1,7 +1,7 @@
 """Who gets which item of a pool: a saved, hashed file, so that every method sees the same split.
 
 A partition file is strict JSON that ends with the hash of its own content. `Partition.load` refuses a file whose
-hash, indices or fields are not right, and `deal` refuses a pool other than the one that the partition was made for.
+hash, indices or fields are not right, and `fedmerge.data.deal` a pool other than the one that it was made for.
 """
 
 from __future__ import annotations
@@ -16,14 +16,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 
 from fedmerge.core.errors import DataError
 from fedmerge.core.files import write_atomically
 from fedmerge.core.options import build_options
-from fedmerge.data.federated import ClientData, Examples, FederatedData, check_federation
-from fedmerge.data.pool import Ints, Pool
-from fedmerge.data.transform import Scale, scale_of, turn
+from fedmerge.data.pool import Ints
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
@@ -95,7 +92,7 @@ class Partition:
             raise DataError(f"partition {self.kind!r}: two clients are called {twice!r}; expected one name for each")
         for client in self.clients:
             _check_part(client, self.pool_size)
-        _check_sides(self, np.arange(self.pool_size), "row")
+        check_sides(self, np.arange(self.pool_size), "row")
 
     def plain(self) -> dict[str, Any]:
         """All that the hash covers, as plain values."""
@@ -151,7 +148,7 @@ def _check_part(client: ClientPart, pool_size: int) -> None:
         raise DataError(f"client {client.name!r}: rotation {client.rotation} is not a number of degrees")
 
 
-def _check_sides(partition: Partition, identity: Ints, what: str) -> None:
+def check_sides(partition: Partition, identity: Ints, what: str) -> None:
     """Refuses a partition in which one thing (`identity` of each row) is on two sides, here or at another client."""
     side = np.full(int(identity.max()) + 1, -1)
     for number, split in enumerate(SPLITS):
@@ -218,52 +215,3 @@ def _row_numbers(plain: Any, where: str, faults: list[str]) -> Ints:
         return np.array(plain, dtype=np.int64)
     faults.append(f"{where}: expected a list of whole numbers")
     return np.empty(0, dtype=np.int64)
-
-
-def deal(pool: Pool, partition: Partition) -> FederatedData:
-    """Every client's examples, turned, inverted, relabelled and normalised as the partition says.
-
-    uint8 images become float32 ``(x / 255 - mean) / std`` with one mean and standard deviation per channel over the
-    rows that any client trains on; float inputs stay as they are.
-
-    Args:
-        pool: The pool that the partition was made for.
-        partition: Who gets which row.
-
-    Raises:
-        DataError: if it is another pool, an item is on two sides of a split, or the clients cannot be trained on.
-    """
-    if partition.pool_sha256 != pool.sha256():
-        raise DataError(
-            f"the partition was made for {partition.pool_name!r} with sha256 {partition.pool_sha256[:12]}…; "
-            f"{pool.name!r} has {pool.sha256()[:12]}…. Give the same source with the same options, "
-            "or make a new partition"
-        )
-    if pool.item is not None:
-        _check_sides(partition, np.unique(pool.item, return_inverse=True)[1], "item")
-    trained = np.unique(np.concatenate([client.train for client in partition.clients]))
-    scale = scale_of(pool.inputs[trained], pool.name)
-    groups = tuple(client.group for client in partition.clients if client.group is not None)
-    data = FederatedData(
-        clients=tuple(_deal_client(pool, client, scale) for client in partition.clients),
-        class_names=pool.class_names,
-        groups=groups if len(groups) == len(partition.clients) else None,
-        partition=partition,
-        source=f"{pool.name}, {partition.kind} over {len(partition.clients)} clients",
-    )
-    check_federation(data)
-    return data
-
-
-def _deal_client(pool: Pool, client: ClientPart, scale: Scale) -> ClientData:
-    if client.relabel is not None and len(client.relabel) != len(pool.class_names):
-        raise DataError(
-            f"client {client.name!r} relabels {len(client.relabel)} classes; {pool.name} has {len(pool.class_names)}"
-        )
-    labels = np.array(client.relabel or range(len(pool.class_names)), dtype=np.int64)
-
-    def examples(rows: Ints) -> Examples:
-        inputs = turn(torch.from_numpy(pool.inputs[rows]), client.rotation, invert=client.invert, scale=scale)
-        return Examples(scale.apply(inputs), torch.from_numpy(labels[pool.targets[rows]]))
-
-    return ClientData(client.name, *(examples(client.split(split)) for split in SPLITS))

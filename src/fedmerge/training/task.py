@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -57,6 +58,28 @@ def measuring_twin(module: nn.Module) -> nn.Module:
 
 def _weighted(criterion: Criterion, outputs: Tensor, batch: Batch) -> Tensor:
     return (criterion(outputs, batch.targets) * batch.weight).sum()
+
+
+# What both tasks do alike, given their `predict`, `gradient`, `_criterion` and `_descent`.
+
+
+def _mean_loss(self: Any, params: Float[Tensor, " P"], batch: Batch) -> Tensor:
+    """Mean loss of a batch in evaluation mode."""
+    return _weighted(self._criterion, self.predict(params, batch.inputs), batch)
+
+
+def _loss_of_each(self: Any, outputs: Float[Tensor, "B K"], targets: Tensor) -> Float[Tensor, " B"]:
+    """Loss of each example."""
+    losses: Tensor = self._criterion(outputs, targets)
+    return losses
+
+
+def _trained(
+    self: Any, params: Float[Tensor, " P"], batches: Batches, *, pull: float = 0.0, towards: Tensor | None = None
+) -> Float[Tensor, " P"]:
+    """Local SGD over `batches`."""
+    after: Tensor = self._descent(params, batches, self.gradient, pull=pull, towards=towards)
+    return after
 
 
 class ModuleTask:
@@ -128,19 +151,9 @@ class ModuleTask:
         outputs: Tensor = self._module(inputs)
         return outputs
 
-    def loss(self, params: Float[Tensor, " P"], batch: Batch) -> Tensor:
-        """Mean loss of a batch in evaluation mode."""
-        return _weighted(self._criterion, self.predict(params, batch.inputs), batch)
-
-    def losses(self, outputs: Float[Tensor, "B K"], targets: Tensor) -> Float[Tensor, " B"]:
-        """Loss of each example."""
-        return self._criterion(outputs, targets)
-
-    def train(
-        self, params: Float[Tensor, " P"], batches: Batches, *, pull: float = 0.0, towards: Tensor | None = None
-    ) -> Float[Tensor, " P"]:
-        """Local SGD over `batches`."""
-        return self._descent(params, batches, self.gradient, pull=pull, towards=towards)
+    loss = _mean_loss
+    losses = _loss_of_each
+    train = _trained
 
 
 class FunctionalTask:
@@ -179,19 +192,9 @@ class FunctionalTask:
         outputs: Tensor = functional_call(self._evaluating, self.layout.views(params), (inputs,))
         return outputs.detach()
 
-    def loss(self, params: Float[Tensor, " P"], batch: Batch) -> Tensor:
-        """Mean loss of a batch in evaluation mode."""
-        return _weighted(self._criterion, self.predict(params, batch.inputs), batch)
-
-    def losses(self, outputs: Float[Tensor, "B K"], targets: Tensor) -> Float[Tensor, " B"]:
-        """Loss of each example."""
-        return self._criterion(outputs, targets)
-
-    def train(
-        self, params: Float[Tensor, " P"], batches: Batches, *, pull: float = 0.0, towards: Tensor | None = None
-    ) -> Float[Tensor, " P"]:
-        """Local SGD over `batches`."""
-        return self._descent(params, batches, self.gradient, pull=pull, towards=towards)
+    loss = _mean_loss
+    losses = _loss_of_each
+    train = _trained
 
 
 def measured_buffers(
