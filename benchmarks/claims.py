@@ -12,6 +12,7 @@ rate for all. Writes ``benchmarks/results/claims.md`` and ``claims.csv``.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import platform
 import sys
 import tempfile
@@ -25,8 +26,9 @@ import pandas as pd
 import torch
 
 from fedmerge import __version__
-from fedmerge.experiment.comparison import plan, run_jobs
-from fedmerge.experiment.record import RunRecord
+from fedmerge.core.errors import FedmergeError
+from fedmerge.experiment.comparison import Job, plan, run_jobs
+from fedmerge.experiment.record import RunRecord, read_run
 from fedmerge.report import comparison_table, runs_frame
 from fedmerge.report.statistics import paired_interval
 from fedmerge.report.study import client_accuracies
@@ -106,14 +108,32 @@ def tuned_rates(setting: Setting, folder: Path, processes: int) -> tuple[dict[st
             for rate in rates
         ]
         jobs = plan(setting.base(), tables, [TUNING_SEED])
-        for run in run_jobs(jobs, folder / str(step), processes=processes):
-            label, _, rate = run.label.partition(" @ ")
-            validation = run.selected().validation
-            assert validation is not None
-            scores[label][float(rate)] = validation.mean_accuracy()
+        for name, score in validation_scores(jobs, folder / str(step), processes).items():
+            label, _, rate = name.partition(" @ ")
+            scores[label][float(rate)] = score
         wanted = {label: rates for label, tried in scores.items() if (rates := next_rates(tried))}
         step += 1
     return {label: max(tried, key=lambda rate, tried=tried: tried[rate]) for label, tried in scores.items()}, scores  # type: ignore[misc]
+
+
+def validation_scores(jobs: Sequence[Job], folder: Path, processes: int) -> dict[str, float]:
+    """Validation accuracy of every job by label; 0 for one whose training diverged."""
+    found: dict[str, float] = {}
+    waiting, attempt = list(jobs), 0
+    while waiting:
+        place = folder / f"attempt-{attempt}"
+        with contextlib.suppress(FedmergeError):  # a diverged run ends the batch; the others are run again
+            run_jobs(waiting, place, processes=processes)
+        runs = {job.name: read_run(place / job.name) for job in waiting if (place / job.name / "run.json").exists()}
+        ended = {name: run for name, run in runs.items() if run.status in ("finished", "failed")}
+        if not ended:
+            raise FedmergeError(f"none of {', '.join(job.name for job in waiting)} came to an end")
+        for run in ended.values():
+            validation = run.selected().validation
+            assert validation is not None
+            found[run.label] = validation.mean_accuracy() if run.status == "finished" else 0.0
+        waiting, attempt = [job for job in waiting if job.name not in ended], attempt + 1
+    return found
 
 
 def next_rates(tried: Mapping[float, float]) -> list[float]:
