@@ -211,3 +211,23 @@ def test_wrong_options_are_refused():
 def test_inputs_are_float32_and_labels_int64(folder):
     train = from_folder(folder).clients[0].train
     assert (train.inputs.dtype, train.targets.dtype) == (torch.float32, torch.int64)
+
+
+def test_numbers_in_npz_and_numbers_in_csv_are_the_same_labels(tmp_path):
+    features = np.arange(24, dtype=np.float32).reshape(12, 2)
+    labels = np.array([0, 1] * 6)
+    np.savez(tmp_path / "a.npz", x=features, y=labels)
+    frame = pd.DataFrame(features, columns=["u", "v"]).assign(label=labels)
+    frame.to_csv(tmp_path / "b.csv", index=False)
+    data = from_folder(tmp_path)
+    counts = [sum(int((part.targets == 1).sum()) for part in (c.train, c.validation, c.test)) for c in data.clients]
+    assert counts == [6, 6]
+    assert data.class_names == ("0", "1")
+
+
+def test_numbers_in_npz_and_names_in_csv_are_refused(tmp_path):
+    features = np.arange(24, dtype=np.float32).reshape(12, 2)
+    np.savez(tmp_path / "a.npz", x=features, y=np.array([0, 1] * 6))
+    pd.DataFrame(features, columns=["u", "v"]).assign(label=["ill", "well"] * 6).to_csv(tmp_path / "b.csv", index=False)
+    with pytest.raises(DataError, match=r"labels are numbers in .*a\.npz and texts in .*b\.csv"):
+        from_folder(tmp_path)

@@ -133,10 +133,12 @@ def encode_labels(tables: Sequence[Table], class_names: Sequence[str] | None) ->
         DataError: naming the first label that is not a class.
     """
     kinds = {_kind(table): table for table in tables if len(table.labels)}
+    labels = [table.labels for table in tables]
+    if len(kinds) > 1 and (numbers := _as_numbers(labels)) is not None:  # CSV files hold texts, .npz files numbers
+        return _encode_numbers(tables, numbers, class_names)
     if len(kinds) > 1:
         places = " and ".join(f"{kind} in {table.origin}" for kind, table in kinds.items())
         raise DataError(f"labels are {places}; expected one kind everywhere")
-    labels = [table.labels for table in tables]
     if "texts" in kinds:
         named = class_names is not None and set(class_names).issuperset(np.concatenate(_texts(labels)).tolist())
         numbers = None if named else _as_numbers(labels)
