@@ -101,19 +101,47 @@ def test_every_round_is_told() -> None:
 @pytest.mark.parametrize("precision", ["float32", "float64"])
 def test_a_clients_model_predicts_as_the_record_says(method: Any, precision: str) -> None:
     result = run(method=method, model=Net, rounds=3, precision=precision)
-    last = result.record.last().test
-    assert last is not None
+    reported = result.record.selected().test
+    assert reported is not None
     for i, client in enumerate(result.outcome.setup.data.clients):
         model = result.client_model(client.name)
         with torch.no_grad():
             outputs = model(client.test.inputs)
-        assert float((outputs.argmax(1) == client.test.targets).double().mean()) == last.accuracy[i]
+        assert float((outputs.argmax(1) == client.test.targets).double().mean()) == reported.accuracy[i]
         loss = float(nn.functional.cross_entropy(outputs, client.test.targets))
-        assert loss == pytest.approx(last.loss[i], rel=1e-5)
+        assert loss == pytest.approx(reported.loss[i], rel=1e-5)
+
+
+def test_a_clients_model_is_that_of_the_reported_round_not_of_the_last() -> None:
+    result = run(method="local", model=Net, rounds=12, training={"lr": 1.0})
+    selected, last = result.record.selected(), result.record.last()
+    assert selected.round < last.round  # otherwise this test says nothing
+    assert selected.test is not None
+    test = result.outcome.setup.data.clients[0].test
+    with torch.no_grad():
+        outputs = result.client_model(0)(test.inputs)
+    assert float(nn.functional.cross_entropy(outputs, test.targets)) == pytest.approx(selected.test.loss[0], rel=1e-5)
+    assert last.test is not None
+    assert last.test.loss[0] != pytest.approx(selected.test.loss[0], rel=1e-3)
+
+
+def test_a_class_is_given_what_it_takes() -> None:
+    class Sized(nn.Sequential):
+        def __init__(self, num_classes: int) -> None:
+            super().__init__(nn.Flatten(), nn.Linear(64, num_classes))
+
+    assert run(model=Sized).record.num_params == 64 * 10 + 10
+
+
+def test_a_runs_table_prints_as_markdown() -> None:
+    table = run(method="fedavg").table()
+    assert str(table) == table.markdown()
+    assert str(table).startswith("| Method |")
 
 
 def test_a_clients_model_is_found_by_name_and_number_and_is_its_own() -> None:
-    result = run(method="local")
+    result = run(method="local", rounds=4, training={"lr": 0.5})
+    assert result.record.selected().round > 0  # before training all clients have the same model
     first, by_number, second = (result.client_model(who) for who in ("client-0", np.int64(0), 1))
     assert torch.equal(first[1].weight, by_number[1].weight)
     assert not torch.equal(first[1].weight, second[1].weight)

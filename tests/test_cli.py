@@ -272,7 +272,7 @@ def test_ctrl_c_inside_the_process_returns_130(monkeypatch: pytest.MonkeyPatch, 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fedmerge.cli._watched", interrupt)
+    monkeypatch.setattr("fedmerge.cli.training._watched", interrupt)
     assert main(["run", "fedavg", *WORDS, "--out", "run"]) == 130
     assert "interrupted" in capsys.readouterr().err
     assert read_run("run").status == "interrupted"

@@ -34,7 +34,7 @@ from fedmerge.training import LocalTraining
 
 Data = FederatedData | Source | str | Mapping[str, Any]
 Partition = str | Mapping[str, Any] | Any | None
-Model = str | Mapping[str, Any] | nn.Module | Callable[[], nn.Module] | Network
+Model = str | Mapping[str, Any] | nn.Module | Callable[..., nn.Module] | Network
 Method = str | Mapping[str, Any] | Algorithm[Any]
 Training = LocalTraining | Mapping[str, Any] | None
 Dealer = Callable[[int], FederatedData]
@@ -67,11 +67,13 @@ class Run:
         return math.nan if scores is None else scores.mean_accuracy()
 
     def mixing(self) -> Tensor | None:
-        """[N, d] merging weights of every client; None for methods without them."""
-        return self.outcome.setup.algorithm.mixing(self.outcome.progress.state)
+        """[N, d] merging weights of every client at the selected round; None for methods without them."""
+        return self.outcome.setup.algorithm.mixing(self.outcome.selected.state)
 
     def client_model(self, client: str | int) -> nn.Module:
-        """The network that one client would deploy after the last round, ready to use, in evaluation mode.
+        """The network that one client would deploy, ready to use, in evaluation mode.
+
+        It is that of the round which validation selects: the one whose scores are reported.
 
         Args:
             client: Its name or index.
@@ -79,7 +81,7 @@ class Run:
         setup, names = self.outcome.setup, self.record.client_names
         index = _index_of(client, names)
         with one_thread():
-            params = models_now(setup, self.outcome.progress)[index]
+            params = models_now(setup, self.outcome.selected)[index]
         module = copy.deepcopy(setup.module)
         setup.layout.write(params, module)
         return module.eval()
@@ -87,6 +89,10 @@ class Run:
     def frame(self) -> pd.DataFrame:
         """One row per client: its scores at the selected and at the last round."""
         return clients_frame([self.record])
+
+    def table(self) -> Table:
+        """The run's summary; prints as Markdown."""
+        return comparison_table([self.record])
 
     def report(self, target: Path | str) -> Path:
         """Writes one self-contained HTML page."""
@@ -124,7 +130,7 @@ class Comparison:
         return clients_frame(self.records)
 
     def table(self, reference: str | None = None) -> Table:
-        """Methods with intervals and paired differences to `reference`."""
+        """Methods with intervals and paired differences to `reference`; prints as Markdown."""
         return comparison_table(self.records, reference=reference)
 
     def report(self, target: Path | str, reference: str | None = None) -> Path:
@@ -149,7 +155,8 @@ def run(
     Args:
         data: Your own clients (`fedmerge.data.from_arrays` and its siblings), or a source's name.
         partition: How a source's items are dealt out, 'rotations' by default; not for your own clients.
-        model: A network's name, your module, or a function that makes one.
+        model: A network's name, your module, or a function or class that makes one (it is given `input_shape` and
+            `num_classes` if it takes them).
         method: A registered name, a table with options, or an algorithm object.
         training: Learning rate, batch size, epochs and the like.
         label: How tables call the run.

@@ -262,8 +262,15 @@ def test_ctrl_c_keeps_what_was_finished(tmp_path: Path) -> None:
     assert record.status == "interrupted"
     assert [r.round for r in record.rounds] == [0, 1, 2]
     two_rounds = state_tensors(outcome(rounds=2).progress.state)
-    saved = load_file(tmp_path / "run" / "models.safetensors")
+    saved = load_file(tmp_path / "run" / "last.safetensors")
     assert all(torch.equal(saved[f"server.{name}"], tensor) for name, tensor in two_rounds.items())
+
+
+def test_the_saved_models_are_those_of_the_selected_round(tmp_path: Path) -> None:
+    result = execute_config(build_config(small(rounds=12, training={"lr": 1.0})), folder=tmp_path / "run")
+    assert result.selected.round == result.record.selected().round < result.progress.round == 12
+    saved = load_file(tmp_path / "run" / "models.safetensors")
+    assert all(torch.equal(saved[f"server.{n}"], t) for n, t in state_tensors(result.selected.state).items())
 
 
 def test_a_failing_run_says_so_and_keeps_its_rounds(tmp_path: Path) -> None:
@@ -289,6 +296,7 @@ def test_a_finished_folder_holds_everything(tmp_path: Path) -> None:
     execute_config(build_config(small()), folder=tmp_path / "run")
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
         "config.toml",
+        "last.safetensors",
         "models.safetensors",
         "partition.json",
         "partition.svg",

@@ -28,13 +28,15 @@ class Outcome:
     Attributes:
         record: The whole run.
         setup: What it ran on.
-        progress: Its final state.
+        progress: Its state after the last round.
+        selected: Its state at the round that validation selects, whose scores are reported.
         folder: Where it was written, if anywhere.
     """
 
     record: RunRecord
     setup: Setup
     progress: Progress
+    selected: Progress
     folder: Path | None
 
 
@@ -98,37 +100,45 @@ def execute(
         create_run_folder(folder)
         write_inputs(folder, config, data)
         write_run(folder, record)
-    collected: list[RoundRecord] = []
+    journey = _Journey(progress, progress, [])
     try:
         with one_thread():
             for progress_now, line in rounds(setup, progress):
-                progress = progress_now  # kept when the loop is left by an exception
-                collected.append(line)
+                journey.follow(progress_now, line, record)
                 if folder is not None:
                     append_round(folder, line)
                 if watch is not None:
                     watch(line)
-            record = _with_finetuning(record, setup, progress)
+            record = _with_finetuning(record, setup, journey.last)
     except BaseException as error:
         status: Status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-        _close(record, status, began=began, collected=collected, progress=progress, folder=folder)
+        _close(record, status, journey, time.perf_counter() - began, folder)
         raise
-    record = _close(record, "finished", began=began, collected=collected, progress=progress, folder=folder)
-    return Outcome(record, setup, progress, folder)
+    record = _close(record, "finished", journey, time.perf_counter() - began, folder)
+    return Outcome(record, setup, journey.last, journey.selected, folder)
 
 
-def _close(
-    record: RunRecord,
-    status: Status,
-    *,
-    began: float,
-    collected: list[RoundRecord],
-    progress: Progress,
-    folder: Path | None,
-) -> RunRecord:
-    record = replace(record, status=status, seconds=time.perf_counter() - began, rounds=tuple(collected))
+@dataclass
+class _Journey:
+    """Where a run is and was best; the one thing here that changes as it goes."""
+
+    last: Progress
+    selected: Progress
+    lines: list[RoundRecord]
+
+    def follow(self, progress: Progress, line: RoundRecord, record: RunRecord) -> None:
+        """Takes in one round."""
+        self.last = progress
+        self.lines.append(line)
+        if line.test is not None and replace(record, rounds=tuple(self.lines)).selected() is line:
+            self.selected = progress
+
+
+def _close(record: RunRecord, status: Status, journey: _Journey, seconds: float, folder: Path | None) -> RunRecord:
+    record = replace(record, status=status, seconds=seconds, rounds=tuple(journey.lines))
     if folder is not None:
-        write_models(folder, progress)
+        write_models(folder / "models.safetensors", journey.selected)
+        write_models(folder / "last.safetensors", journey.last)
         write_run(folder, record)
     return record
 

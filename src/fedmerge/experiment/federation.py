@@ -15,6 +15,7 @@ from fedmerge.core.protocol import Federation
 from fedmerge.core.randomness import fresh_module_randomness
 from fedmerge.core.vector import Layout
 from fedmerge.data import ClientData, Examples, FederatedData, FolderOptions, deal, from_folder
+from fedmerge.models import accepted
 
 
 def load_data(source: Any, partition: Any, seed: int) -> FederatedData:
@@ -61,8 +62,8 @@ def make_module(
     """The `draw`-th fresh network of a run; the same for every method.
 
     Args:
-        model: A recipe, a module (copied as it is for draw 0, re-initialised after that), or a function without
-            arguments that makes one.
+        model: A recipe, a module (copied as it is for draw 0, re-initialised after that), or a function or class
+            that makes one; it is given `input_shape` and `num_classes` if it takes them.
         data: Gives input shape and number of classes.
         seed: The run's.
         draw: Which of the run's initial networks.
@@ -85,7 +86,9 @@ def _made(model: Any, data: FederatedData) -> Any:
             f"model: got a {type(model).__name__}; expected a name, a torch.nn.Module, or a function that makes one"
         )
     try:
-        return model() if callable(model) else model.build(data.input_shape, data.num_classes)
+        if not callable(model):
+            return model.build(data.input_shape, data.num_classes)
+        return model(**accepted(model, {"input_shape": data.input_shape, "num_classes": data.num_classes}))
     except FedmergeError:
         raise
     except Exception as error:  # too large for this machine, or whatever a user's function raises

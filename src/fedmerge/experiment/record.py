@@ -7,7 +7,8 @@ A run folder holds::
     partition.json       who got which item (`fedmerge.data.Partition`); absent for a user's own files
     partition.svg        its picture
     rounds.jsonl         one RoundRecord per line, flushed after every round
-    models.safetensors   the server's final state
+    models.safetensors   the server's state at the selected round, whose scores are reported
+    last.safetensors     the same after the last round
 """
 
 from __future__ import annotations

@@ -51,14 +51,13 @@ def write_inputs(folder: Path, config: Config | None, data: FederatedData) -> No
     write_atomically(folder / "partition.svg", partition_svg(data))
 
 
-def write_models(folder: Path, progress: Progress) -> None:
+def write_models(path: Path, progress: Progress) -> None:
     """The server's state as ``server.*``, and what clients keep as ``client.<i>.<k>`` and ``buffers.<i>``."""
     tensors = {f"server.{name}": tensor for name, tensor in state_tensors(progress.state).items()}
     for i, (private, buffers) in enumerate(zip(progress.fleet.private, progress.fleet.buffers, strict=True)):
         tensors.update({f"client.{i}.{k}": leaf for k, leaf in enumerate(tree_leaves(private))})
         if progress.fleet.policy == "local" and len(buffers):
             tensors[f"buffers.{i}"] = buffers
-    path = folder / "models.safetensors"
     temporary = path.with_name(path.name + ".part")
     save_file(
         {name: _own_memory(tensor) for name, tensor in tensors.items()}, temporary, {"round": str(progress.round)}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
@@ -25,3 +27,13 @@ class Network(Protocol):
 
 NETWORKS: Registry[Network] = Registry("model")
 network = NETWORKS.register
+
+
+def accepted(factory: Callable[..., Any], offered: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the keywords on offer that a function or class takes by name.
+
+    >>> accepted(lambda num_classes: None, {"input_shape": (1, 8, 8), "num_classes": 10})
+    {'num_classes': 10}
+    """
+    parameters = inspect.signature(factory).parameters
+    return {name: value for name, value in offered.items() if name in parameters}

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -16,7 +15,7 @@ from torch import nn
 
 from fedmerge.core.errors import UsageError, unknown_name
 from fedmerge.core.options import check_options, option
-from fedmerge.models._registry import network
+from fedmerge.models._registry import accepted, network
 
 
 @network("import")
@@ -43,7 +42,7 @@ class Imported:
         """
         factory = self._factory()
         try:
-            wanted = _accepted(factory, {"input_shape": input_shape, "num_classes": num_classes})
+            wanted = accepted(factory, {"input_shape": input_shape, "num_classes": num_classes})
             module = factory(**{**wanted, **(self.options or {})})
         except TypeError as error:
             raise UsageError(f"model {self.path!r} could not be called: {error}") from error
@@ -95,8 +94,3 @@ def _module_from_file(path: Path) -> ModuleType:
         del sys.modules[name]
         raise UsageError(f"{path} could not be run: {type(error).__name__}: {error}") from error
     return module
-
-
-def _accepted(factory: Callable[..., Any], offered: Mapping[str, Any]) -> dict[str, Any]:
-    parameters = inspect.signature(factory).parameters
-    return {name: value for name, value in offered.items() if name in parameters}

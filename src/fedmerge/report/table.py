@@ -39,6 +39,9 @@ class Table:
     caption: str
     notes: tuple[str, ...] = ()
 
+    def __str__(self) -> str:
+        return self.markdown()
+
     def texts(self) -> tuple[tuple[str, ...], ...]:
         """Every cell as a reader sees it."""
         return tuple(

@@ -1,0 +1,7 @@
+"""``python -m fedmerge.cli``."""
+
+import sys
+
+from fedmerge.cli import main
+
+sys.exit(main())

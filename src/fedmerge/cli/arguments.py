@@ -1,0 +1,138 @@
+"""The parser of each command; every option of a method is generated from its dataclass."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NoReturn
+
+from fedmerge._version import __version__
+from fedmerge.algorithms import ALGORITHMS
+from fedmerge.cli.catalogue import OPTION_GROUPS, REGISTRIES, help_text, list_entries
+from fedmerge.cli.data import data, report
+from fedmerge.cli.training import compare, run
+from fedmerge.core.errors import UsageError, unknown_name
+from fedmerge.core.options import option_fields
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaints are ours: one message, exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises instead of leaving the process."""
+        raise UsageError(f"{message}\nTry: {self.prog} --help")
+
+
+_COMMANDS = {
+    "run": "train one method: one model per client",
+    "compare": "train several methods on the same clients and seeds, then report",
+    "list": "methods, sources, partitions, models and their options",
+    "data": "see and fetch data, look at a partition",
+    "report": "one self-contained page, and tables, from run folders",
+}
+
+
+def parser_of(words: Sequence[str]) -> Parser:
+    """The parser of the command that `words` name; only that one is built."""
+    command = next((word for word in words if not word.startswith("-")), None)
+    if command in _COMMANDS:
+        parser = Parser(prog=f"fedmerge {command}", description=_COMMANDS[command].capitalize() + ".")
+        parser.add_argument("command_name", choices=[command], help=argparse.SUPPRESS)
+        builders: dict[str, Callable[[Parser], None]] = {
+            "run": partial(_run_parser, words=words),
+            "compare": _compare_parser,
+            "list": _list_parser,
+            "data": _data_parser,
+            "report": _report_parser,
+        }
+        builders[command](parser)
+        return parser
+    if command is not None:
+        raise UsageError(unknown_name("command", command, _COMMANDS))
+    parser = Parser(
+        prog="fedmerge",
+        description="Personalized federated learning: every client gets its own merge of a few shared models.",
+        epilog="\n".join(f"  fedmerge {name:8} {text}" for name, text in _COMMANDS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"fedmerge {__version__}")
+    parser.set_defaults(command=lambda _: parser.print_help())
+    return parser
+
+
+def _common(parser: Parser) -> None:
+    parser.add_argument("--config", metavar="FILE", help="TOML file to start from")
+    parser.add_argument("--out", metavar="DIR", help="folder to write (default: a new one below runs/)")
+    parser.add_argument("--quiet", action="store_true", help="no progress, only the result")
+
+
+def _run_parser(parser: Parser, words: Sequence[str]) -> None:
+    parser.usage = "fedmerge run [METHOD] [key=value ...] [options]"
+    parser.add_argument(
+        "words",
+        nargs="*",
+        metavar="METHOD or key=value",
+        help="a method's name, and settings such as source=fashion-mnist partition=permuted rounds=50 training.lr=0.05",
+    )
+    parser.add_argument("--label", help="how tables call the run")
+    _common(parser)
+    name = next((word for word in words[1:] if word in ALGORITHMS), None)
+    if name:
+        _method_options(parser, name)
+    parser.set_defaults(command=run)
+
+
+def _method_options(parser: Parser, name: str) -> None:
+    group = parser.add_argument_group(f"options of {name}", ALGORITHMS[name].summary)
+    for field, (facts, annotation) in option_fields(ALGORITHMS[name].cls).items():
+        group.add_argument(
+            f"--{field.replace('_', '-')}",
+            dest=f"method.{field}",
+            metavar="VALUE",
+            help=help_text(facts, annotation).replace("%", "%%"),
+        )
+
+
+def _compare_parser(parser: Parser) -> None:
+    parser.usage = "fedmerge compare [METHOD ...] [key=value ...] [options]"
+    parser.add_argument(
+        "words",
+        nargs="*",
+        metavar="METHOD or key=value",
+        help="methods, each with options of its own if wanted (fedmerge:rule=official,num_models=5,label=official), "
+        "and settings that all share",
+    )
+    parser.add_argument("--seeds", default=None, help="for example 0,1,2 or 0-4 (default: 0)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time (default: 1)")
+    parser.add_argument("--reference", help="method that the others are compared with")
+    _common(parser)
+    parser.set_defaults(command=compare)
+
+
+def _list_parser(parser: Parser) -> None:
+    parser.add_argument("kind", nargs="?", help=f"one of {', '.join([*REGISTRIES, *OPTION_GROUPS])}")
+    parser.add_argument("name", nargs="?", help="one entry, with its options")
+    parser.add_argument("--markdown", action="store_true", help="everything of a kind as Markdown, for documentation")
+    parser.set_defaults(command=list_entries)
+
+
+def _data_parser(parser: Parser) -> None:
+    parser.usage = "fedmerge data {list | get NAME [key=value ...] | show [key=value ...] [--out PICTURE.svg]}"
+    parser.add_argument(
+        "action", choices=["list", "get", "show"], help="list sources, fetch one, or deal one out and draw it"
+    )
+    parser.add_argument("words", nargs="*", metavar="NAME or key=value")
+    parser.add_argument("--config", metavar="FILE", help="TOML file to start from (show)")
+    parser.add_argument("--out", metavar="FILE", help="picture to write (show; default partition.svg)")
+    parser.set_defaults(command=data)
+
+
+def _report_parser(parser: Parser) -> None:
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders, or folders that hold them")
+    parser.add_argument("--out", metavar="FILE", default="report.html", help="page to write (default report.html)")
+    parser.add_argument("--reference", help="method that the others are compared with")
+    for kind in ("markdown", "latex", "csv"):
+        parser.add_argument(f"--{kind}", metavar="FILE", help=f"also write the main table as {kind.capitalize()}")
+    parser.add_argument("--runs-csv", metavar="FILE", help="also write one line per run as CSV")
+    parser.set_defaults(command=report)
