@@ -113,7 +113,7 @@ def test_a_clients_model_predicts_as_the_record_says(method: Any, precision: str
 
 
 def test_a_clients_model_is_that_of_the_reported_round_not_of_the_last() -> None:
-    result = run(method="local", model=Net, rounds=12, training={"lr": 1.0})
+    result = run(method="local", model=Net, rounds=20, training={"lr": 1.0})
     selected, last = result.record.selected(), result.record.last()
     assert selected.round < last.round  # otherwise this test says nothing
     assert selected.test is not None

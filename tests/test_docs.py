@@ -22,7 +22,8 @@ from fedmerge.cli import main
 
 ROOT = Path(__file__).parents[1]
 PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))) if page.exists()]
-MODULES = ["fedmerge", *(module.name for module in pkgutil.walk_packages(fedmerge.__path__, "fedmerge."))]
+NAMES = [module.name for module in pkgutil.walk_packages(fedmerge.__path__, "fedmerge.")]
+MODULES = ["fedmerge", *(name for name in NAMES if not name.endswith("__main__"))]
 FENCE = re.compile(
     r"^(?P<skip><!-- not run: [^\n]+ -->\n+)?```(?P<kind>\w+)[^\n]*\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL
 )

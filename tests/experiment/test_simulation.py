@@ -267,7 +267,7 @@ def test_ctrl_c_keeps_what_was_finished(tmp_path: Path) -> None:
 
 
 def test_the_saved_models_are_those_of_the_selected_round(tmp_path: Path) -> None:
-    result = execute_config(build_config(small(rounds=12, training={"lr": 1.0})), folder=tmp_path / "run")
+    result = execute_config(build_config(small("local", rounds=12, training={"lr": 1.0})), folder=tmp_path / "run")
     assert result.selected.round == result.record.selected().round < result.progress.round == 12
     saved = load_file(tmp_path / "run" / "models.safetensors")
     assert all(torch.equal(saved[f"server.{n}"], t) for n, t in state_tensors(result.selected.state).items())
