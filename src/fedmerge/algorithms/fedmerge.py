@@ -122,40 +122,44 @@ class FedMerge:
             object.__setattr__(self, "num_models", 5)
 
     def _refuse_contradictions(self) -> None:
-        faults = []
-        if self.rule == "official":
-            if self.num_models == 1:
-                faults.append("num_models: got 1 with rule='official', which divides by zero there; expected >= 2")
-            if self.initial not in (None, "independent"):
-                faults.append(f"initial: got {self.initial!r} with rule='official'; expected 'independent' or nothing")
-            faults += [
-                f"{name}: got {getattr(self, name)!r} with rule='official', which has none; leave it out"
-                for name in ("momentum", "shrinkage")
-                if getattr(self, name)
-            ]
-            if self.rows != "model":
-                faults.append(f"rows: got {self.rows!r} with rule='official'; expected 'model'")
+        faults = self._faults_of_official() if self.rule == "official" else []
         if self.decay and self.rule != "mirror":
             faults.append(f"decay: got {self.decay!r} with rule={self.rule!r}; only rule='mirror' has it")
+        if self.rows != "model" and self.scope == "head":
+            faults.append(f"scope: got 'head' with rows={self.rows!r}; expected 'all' or nothing")
+        faults += self._faults_of_idle_options()
+        if faults:
+            raise UsageError("\n".join(f"FedMerge.{fault}" for fault in faults))
+
+    def _faults_of_official(self) -> list[str]:
+        faults = []
+        if self.num_models == 1:
+            faults.append("num_models: got 1 with rule='official', which divides by zero there; expected >= 2")
+        if self.initial not in (None, "independent"):
+            faults.append(f"initial: got {self.initial!r} with rule='official'; expected 'independent' or nothing")
+        if self.rows != "model":
+            faults.append(f"rows: got {self.rows!r} with rule='official'; expected 'model'")
+        return faults + [
+            f"{name}: got {getattr(self, name)!r} with rule='official', which has none; leave it out"
+            for name in ("momentum", "shrinkage")
+            if getattr(self, name)
+        ]
+
+    def _faults_of_idle_options(self) -> list[str]:
+        """Options that were set although nothing reads them."""
         initial = self.initial or _BY_RULE[self.rule]["initial"]
-        faults += [
+        splits, here = initial == "split" and self.num_models != 1, f"with initial={initial!r}"
+        groups = (
+            (("noise",), initial == "noise", here),
+            (("search_rounds", "lean"), splits, "with one model" if initial == "split" else here),
+            (("gate", "elbow", "floor", "max_models"), splits and self.num_models is None, "where d is given by hand"),
+        )
+        return [
             f"{name}: got {getattr(self, name)!r}, which has no effect {why}; leave it out"
-            for names, used, why in (
-                (("noise",), initial == "noise", f"with initial={initial!r}"),
-                (("search_rounds", "lean"), initial == "split", f"with initial={initial!r}"),
-                (
-                    ("gate", "elbow", "floor", "max_models"),
-                    initial == "split" and self.num_models is None,
-                    "where d is given by hand",
-                ),
-            )
+            for names, used, why in groups
             for name in names
             if not used and getattr(self, name) != getattr(FedMerge, name)
         ]
-        if self.rows != "model" and self.scope == "head":
-            faults.append(f"scope: got 'head' with rows={self.rows!r}; expected 'all' or nothing")
-        if faults:
-            raise UsageError("\n".join(f"FedMerge.{fault}" for fault in faults))
 
     # ---------------------------------------------------------------- server
 
