@@ -26,6 +26,9 @@ from fedmerge.training.task import (
     measuring_twin,
 )
 
+_CHUNK_NUMBERS = 1 << 20
+"""Parameters of all clients of a chunk together; measured on perceptrons of 7,000 and 51,000 parameters."""
+
 ClientFunction = Callable[..., Any]
 """``function(task, *arguments)`` of one client; arguments are trees of tensors or `Batches`."""
 
@@ -81,13 +84,13 @@ class Vectorised:
         module: The network; without dropout.
         layout: Of the module.
         descent: The local optimiser.
-        most: Clients in one chunk at most.
+        most: Clients in one chunk at most; by default 16 to 64, so that their vectors stay near the processor's caches.
 
     Raises:
         UsageError: for a network with dropout, whose draws would differ from the sequential ones.
     """
 
-    def __init__(self, module: nn.Module, layout: Layout, descent: Descent, *, most: int = 64) -> None:
+    def __init__(self, module: nn.Module, layout: Layout, descent: Descent, *, most: int | None = None) -> None:
         if has_dropout(module):
             raise UsageError(
                 "runtime 'vectorised' cannot reproduce dropout (every client would draw another mask than alone); "
@@ -96,7 +99,7 @@ class Vectorised:
         self._task = FunctionalTask(module, layout, descent)
         self._paddable = not is_batch_coupled(module)
         self._twin = self._task if self._paddable else FunctionalTask(measuring_twin(module), layout, descent)
-        self._most = most
+        self._most = most or max(16, min(64, _CHUNK_NUMBERS // layout.num_params))
 
     def map(self, function: ClientFunction, clients: Sequence[tuple[Any, ...]]) -> list[Any]:
         """Maps `function` over chunks of clients."""
