@@ -12,10 +12,10 @@ METHODS := fedmerge fedavg local fesem
 
 run: $(VENV)/run.ready  ## compare FedMerge with FedAvg, Local and FeSEM on Fashion-MNIST (digits if it cannot be fetched)
 	@if $(BIN)/fedmerge data get fashion-mnist size=14; then \
-		$(BIN)/fedmerge compare $(METHODS) source=fashion-mnist source.size=14 $(SETTING) --seeds 0-2 --jobs $(JOBS); \
+		$(BIN)/fedmerge compare $(METHODS) source=fashion-mnist source.size=14 $(SETTING) --seeds 0-4 --jobs $(JOBS); \
 	else \
 		echo "Fashion-MNIST could not be fetched (reason above): using the embedded digits, a much smaller set."; \
-		$(BIN)/fedmerge compare $(METHODS) source=digits rounds=60 evaluate_every=5 --seeds 0-2 --jobs $(JOBS); \
+		$(BIN)/fedmerge compare $(METHODS) source=digits rounds=60 evaluate_every=5 --seeds 0-4 --jobs $(JOBS); \
 	fi
 
 test: $(VENV)/test.ready  ## all tests, with branch coverage of the mathematics
