@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from fedmerge.algorithms import ALGORITHMS
 from fedmerge.core.errors import UsageError, unknown_name
-from fedmerge.core.options import build_options
+from fedmerge.core.options import build_options, option_fields
 from fedmerge.core.protocol import Algorithm
 from fedmerge.core.registry import Registry
 from fedmerge.data import PARTITIONS, SOURCES, FederatedData, check_federation
 from fedmerge.data.sources import Source
 from fedmerge.experiment.comparison import refuse_taken
-from fedmerge.experiment.config import Config, RunOptions, build_config, check_label, default_partition
+from fedmerge.experiment.config import Config, RunOptions, build_config, check_label, default_partition, unknown_option
 from fedmerge.experiment.execute import Outcome, Watcher, execute, execute_config
 from fedmerge.experiment.federation import load_data
 from fedmerge.experiment.record import RoundRecord, RunRecord, read_run
@@ -244,7 +244,11 @@ def _request(
 ) -> _Request | None:
     """The run that the arguments describe; None if there is a fault."""
     before = len(faults)
-    run_options = build_options(RunOptions, options, "run", faults)
+    known = option_fields(RunOptions)
+    faults += [
+        unknown_option(key, [*known, "training", "partition", "label", "out"]) for key in options if key not in known
+    ]
+    run_options = build_options(RunOptions, {k: v for k, v in options.items() if k in known}, "run", faults)
     local = _built_training(training, faults)
     chosen_model = model if isinstance(model, nn.Module) or _is_function(model) else _built(NETWORKS, model, faults)
     chosen_method = _built(ALGORITHMS, method, faults)

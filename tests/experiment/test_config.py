@@ -291,3 +291,16 @@ def test_a_file_that_is_not_toml_is_named(tmp_path: Any, content: bytes) -> None
     path.write_bytes(content)
     with pytest.raises(UsageError, match=r"run\.toml is not valid TOML"):
         read_toml(path)
+
+
+@pytest.mark.parametrize(
+    ("word", "home"), [("lr=0.1", "training.lr"), ("steps=3", "training.steps"), ("num_models=3", "method.num_models")]
+)
+def test_an_option_of_another_table_is_told_where_it_belongs(word: str, home: str) -> None:
+    with pytest.raises(UsageError, match=home):
+        build_config(override({}, [word]))
+
+
+def test_an_unknown_source_is_told_of_the_folder_too() -> None:
+    with pytest.raises(UsageError, match=r"unknown source 'floder'; did you mean 'folder'\?"):
+        build_config({"source": "floder"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -303,3 +304,23 @@ def test_a_finished_folder_holds_everything(tmp_path: Path) -> None:
         "rounds.jsonl",
         "run.json",
     ]
+
+
+def test_fine_tuning_moves_models_even_where_the_schedule_ended_at_zero() -> None:
+    result = outcome("fedavg", rounds=4, finetune_epochs=3, training={"schedule": "cosine", "lr": 0.5})
+    selected = result.record.selected().test
+    assert result.record.finetuned is not None
+    assert selected is not None
+    assert result.record.finetuned.loss != selected.loss
+
+
+def test_models_can_be_read_by_whoever_can_read_the_run(tmp_path: Path) -> None:
+    execute_config(build_config(small()), folder=tmp_path / "run")
+    modes = {path.stat().st_mode for path in (tmp_path / "run").iterdir()}
+    assert len(modes) == 1
+
+
+def test_the_run_file_names_the_selected_round(tmp_path: Path) -> None:
+    result = execute_config(build_config(small()), folder=tmp_path / "run")
+    plain = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert plain["selected_round"] == result.record.selected().round

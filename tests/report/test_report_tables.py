@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import math
 
@@ -235,3 +236,12 @@ def test_recovery_and_entropy_are_tabled_for_methods_with_merging_weights():
 )
 def test_numbers_are_written_as_a_reader_wants_them(value, text):
     assert value == text
+
+
+def test_server_memory_is_the_most_that_was_ever_kept():
+    run = flat_run("FedMerge", 0, [0.5, 0.6])
+    first, last = run.rounds[0], run.rounds[-1]
+    busy = dataclasses.replace(last, round=1, state={"server_floats": 9000})
+    calm = dataclasses.replace(last, round=2, state={"server_floats": 1000})
+    frame = runs_frame([dataclasses.replace(run, rounds=(first, busy, calm))])
+    assert frame["server_floats"].tolist() == [9000]

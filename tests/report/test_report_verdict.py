@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 from synthetic_runs import flat_run, means_of, round_record, run_record
 
+from fedmerge.experiment.record import Scores
 from fedmerge.report.study import studies
 from fedmerge.report.verdict import headline, protocol, remarks
 
@@ -97,7 +98,7 @@ def test_few_seeds_interrupted_runs_and_clients_better_off_alone_are_remarked():
     assert "FedMerge gets 75.0 ± 63.5 % of test items right, mean over clients. Differences" in found[0]
     assert found[1].endswith("over 2 seeds; methods are paired seed by seed. 2 seeds are few; 5 or more are advised.")
     assert found[2] == "0.0 % of the clients would do better training alone."
-    assert "FedMerge, seed 1, is interrupted: its numbers stand at round 1." in found
+    assert "FedMerge, seed 1, is interrupted after 1 round: its numbers are of round 0." in found
 
 
 def test_the_protocol_is_read_off_the_records():
@@ -153,3 +154,19 @@ def test_a_search_that_kept_one_model_is_told_with_its_numbers():
 
 def test_a_search_that_found_groups_is_not_told_as_one_model():
     assert "kept one model" not in searched(5, 0.3)
+
+
+def test_a_run_that_no_training_improved_says_so():
+    worse = flat_run("FedMerge", 0, [0.5, 0.6])
+    untrained, trained = worse.rounds[0], dataclasses.replace(worse.rounds[-1], round=5)
+    better = dataclasses.replace(trained, validation=Scores((0.9, 0.9), (0.1, 0.1)))
+    told = "FedMerge, seed 0, is reported before any training: no later round did better on validation."
+    assert told in remarks(studies([dataclasses.replace(worse, rounds=(untrained, trained))])[0])
+    assert told not in remarks(studies([dataclasses.replace(worse, rounds=(untrained, better))])[0])
+
+
+def test_clients_that_stay_as_they_are_are_not_said_to_be_split_anew():
+    fixed = [flat_run("FedMerge", seed, [0.5, 0.6], data_sha256="same") for seed in (0, 1)]
+    assert "clients and their splits are the same for all seeds" in protocol(studies(fixed)[0])[0]
+    anew = [flat_run("FedMerge", seed, [0.5, 0.6], data_sha256=str(seed)) for seed in (0, 1)]
+    assert "a seed decides data split, initial model" in protocol(studies(anew)[0])[0]

@@ -73,7 +73,8 @@ def _run_parser(parser: Parser, words: Sequence[str]) -> None:
         "words",
         nargs="*",
         metavar="METHOD or key=value",
-        help="a method's name, and settings such as source=fashion-mnist partition=permuted rounds=50 training.lr=0.05",
+        help="a method's name (default fedmerge), and settings such as source=fashion-mnist partition=permuted "
+        "rounds=50 training.lr=0.05",
     )
     parser.add_argument("--label", help="how tables call the run")
     _common(parser)
@@ -100,8 +101,8 @@ def _compare_parser(parser: Parser) -> None:
         "words",
         nargs="*",
         metavar="METHOD or key=value",
-        help="methods, each with options of its own if wanted (fedmerge:rule=official,num_models=5,label=official), "
-        "and settings that all share",
+        help="methods (default: fedmerge fedavg local fesem), each with options of its own if wanted "
+        "(fedmerge:rule=official,num_models=5,label=official), and settings that all share",
     )
     parser.add_argument("--seeds", default=None, help="for example 0,1,2 or 0-4 (default: 0)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time (default: 1)")

@@ -39,6 +39,8 @@ def list_entries(options: argparse.Namespace) -> None:
         out.print(markdown_of(options.kind or "methods"), markup=False)
     elif options.kind in OPTION_GROUPS:
         _print_options(OPTION_GROUPS[options.kind])
+    elif options.kind == "sources" and options.name == "folder":
+        _print_options(FolderOptions)
     elif options.name is not None:
         entry = REGISTRIES[options.kind][options.name]
         out.print(f"[bold]{entry.name}[/]  {escape(entry.summary)}")
@@ -53,6 +55,8 @@ def _print_entries(kind: str) -> None:
     grid = Grid(title=kind, title_justify="left", show_header=False)
     for name in REGISTRIES[kind]:
         grid.add_row(name, escape(REGISTRIES[kind][name].summary))
+    if kind == "sources":
+        grid.add_row("folder", "Your own clients, one file each (.npz, .csv, .parquet): options with `list folder`.")
     out.print(grid)
 
 

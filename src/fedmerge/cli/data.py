@@ -90,13 +90,15 @@ def report(options: argparse.Namespace) -> None:
             write_atomically(Path(options.runs_csv), runs_frame(records).to_csv(index=False))
     except OSError as error:
         raise UsageError(f"cannot write the report: {error}") from error
-    print_table(table)
+    for setting in dict.fromkeys(record.setting for record in records):
+        of_setting = [record for record in records if record.setting == setting]
+        print_table(comparison_table(of_setting, reference=options.reference))
     out.print(f"report  {page}", markup=False)
 
 
 def _records_below(place: Path) -> list[RunRecord]:
-    """A run folder, or every run folder directly below."""
+    """A run folder, or every run folder below."""
     if (place / "run.json").exists() or not place.is_dir():
         return [read_run(place)]
-    folders = sorted(path.parent for path in place.glob("*/run.json"))
+    folders = sorted(path.parent for path in place.glob("**/run.json"))
     return [read_run(folder) for folder in folders] or [read_run(place)]

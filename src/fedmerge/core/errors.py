@@ -25,6 +25,6 @@ def unknown_name(what: str, name: object, known: Iterable[str]) -> str:
     "unknown method 'fedmrge'; did you mean 'fedmerge'? Known: fedavg, fedmerge"
     """
     names = sorted(known)
-    near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.6)
     hint = f"; did you mean {near[0]!r}?" if near else "."
     return f"unknown {what} {name!r}{hint} Known: {', '.join(names)}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -207,7 +207,17 @@ def check_label(label: Any, faults: list[str]) -> None:
 
 def _complain_of_unknown(rest: Table, faults: list[str]) -> None:
     known = {*option_fields(RunOptions), *_CHOICES, "training", "label"}
-    faults += [unknown_name("option", key, known) for key in rest if key not in known]
+    faults += [unknown_option(key, known) for key in rest if key not in known]
+
+
+def unknown_option(key: str, known: Iterable[str]) -> str:
+    """What to say of a run option that does not exist: where it belongs, or the nearest name."""
+    if key in option_fields(LocalTraining):
+        return f"unknown option {key!r}: it belongs to training (training.{key})"
+    owners = [name for name in ALGORITHMS if key in option_fields(ALGORITHMS[name].cls)]
+    if owners:
+        return f"unknown option {key!r}: it belongs to a method (method.{key}, of {', '.join(owners)})"
+    return unknown_name("option", key, known)
 
 
 def _subtable(table: Mapping[str, Any], key: str, faults: list[str]) -> Table:
@@ -223,6 +233,10 @@ def _chosen(kind: str, table: Mapping[str, Any], faults: list[str]) -> Any:
     given: Table = {"name": value} if isinstance(value, str) else _subtable({kind: value}, kind, faults)
     if kind == "source" and given.get("name") == "folder":
         return build_options(FolderOptions, {k: v for k, v in given.items() if k != "name"}, "source", faults)
+    name = given.get("name")
+    if kind == "source" and isinstance(name, str) and name not in SOURCES:
+        faults.append(f"source.name: {unknown_name('source', name, [*SOURCES, 'folder'])}")
+        return None
     if kind == "partition" and _is_folder(table):
         if "partition" in table:
             faults.append("partition: got one for source 'folder', whose files are the clients; leave it out")

@@ -109,7 +109,7 @@ def execute(
                     append_round(folder, line)
                 if watch is not None:
                     watch(line)
-            record = _with_finetuning(record, setup, journey.last)
+            record = _with_finetuning(record, setup, journey.selected)
     except BaseException as error:
         status: Status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         _close(record, status, journey, time.perf_counter() - began, folder)

@@ -98,7 +98,7 @@ class RunRecord:
         setting: One line about data, partition and model.
         data_sha256: Of the items and their split; equal for runs that may be compared.
         versions: Of fedmerge, python, torch, numpy and the machine's description.
-        finetuned: Test scores after optional local fine-tuning of the last round's models.
+        finetuned: Test scores after optional local fine-tuning of the selected round's models.
         finetuned_validation: The same on validation.
         seconds: Wall time of the whole run.
         rounds: In order; the last may be an unevaluated one if the run was interrupted.
@@ -177,6 +177,8 @@ def write_run(folder: Path, run: RunRecord) -> None:
     """Writes ``run.json`` (without rounds)."""
     plain = to_plain(dataclasses.replace(run, rounds=()))
     del plain["rounds"]
+    if run.evaluated():
+        plain["selected_round"] = run.selected().round  # for other readers; `selected` finds it in the rounds
     write_atomically(folder / "run.json", json.dumps(plain, indent=1) + "\n")
 
 
@@ -251,5 +253,7 @@ def read_run(folder: Path | str) -> RunRecord:
         plain = _parsed(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise FedmergeError(f"{path} is damaged: {error}; the run cannot be used, make it again") from error
+    if isinstance(plain, dict):
+        plain.pop("selected_round", None)
     record = _record_of(RunRecord, {**plain, "rounds": ()}, str(path), ("finetuned", "finetuned_validation"))
     return dataclasses.replace(record, rounds=_read_rounds(folder / "rounds.jsonl"))

@@ -220,12 +220,16 @@ def _ratio(tallied: Tally, total: Tensor) -> float | None:
 
 
 def finetune(setup: Setup, progress: Progress) -> tuple[Scores, Scores]:
-    """Validation and test scores after local fine-tuning of every client's model at the last learning rate."""
+    """Validation and test scores after local fine-tuning of every client's model at the run's first learning rate.
+
+    A schedule may have taken the rate to zero by the end of the run; fine-tuning at that rate would do nothing.
+    """
     options = setup.options
-    rate = rate_of_round(setup.training, max(1, progress.round), options.rounds)
     training = replace(setup.training, epochs=options.finetune_epochs, steps=None)
     batches = [
-        draw_batches(c.train, training, lr=rate, seed=options.seed, round_number=options.rounds + 1, client=i)
+        draw_batches(
+            c.train, training, lr=setup.training.lr, seed=options.seed, round_number=options.rounds + 1, client=i
+        )
         for i, c in enumerate(setup.data.clients)
     ]
     with fresh_module_randomness(options.seed, "dropout", options.rounds + 1):

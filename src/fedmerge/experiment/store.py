@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -59,9 +59,8 @@ def write_models(path: Path, progress: Progress) -> None:
         if progress.fleet.policy == "local" and len(buffers):
             tensors[f"buffers.{i}"] = buffers
     temporary = path.with_name(path.name + ".part")
-    save_file(
-        {name: _own_memory(tensor) for name, tensor in tensors.items()}, temporary, {"round": str(progress.round)}
-    )
+    content = save({name: _own_memory(tensor) for name, tensor in tensors.items()}, {"round": str(progress.round)})
+    temporary.write_bytes(content)  # `save_file` would make a file that only its owner can read
     temporary.replace(path)
 
 

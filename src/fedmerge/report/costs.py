@@ -20,7 +20,7 @@ class Costs:
         bytes_up: Per client of the cohort and round.
         forward: Examples passed forward per round, all clients together.
         backward: Examples passed backward per round.
-        server_floats: Numbers the server must remember between rounds, at the last round.
+        server_floats: Numbers the server must remember between rounds, at most (FedMerge keeps more while it searches).
         seconds_per_round: Without evaluation.
         seconds: Of the whole run.
     """
@@ -43,7 +43,7 @@ def costs(run: RunRecord) -> Costs:
         bytes_up=_ratio(sum(record.bytes_up for record in trained), replies),
         forward=_ratio(sum(record.forward for record in trained), len(trained)),
         backward=_ratio(sum(record.backward for record in trained), len(trained)),
-        server_floats=_server_floats(run.rounds[-1]),
+        server_floats=max((_server_floats(record) for record in trained or run.rounds), default=math.nan),
         seconds_per_round=_ratio(math.fsum(record.seconds for record in trained), len(trained)),
         seconds=run.seconds,
     )

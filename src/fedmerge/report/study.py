@@ -19,6 +19,7 @@ from fedmerge.report.statistics import (
     paired_p_value,
     summarise,
 )
+from fedmerge.report.text import plural
 
 
 @dataclass(frozen=True)
@@ -179,3 +180,13 @@ def _paired(study: Study, label: str, seeds: Sequence[int]) -> Interval:
         [client_accuracies(study.runs[name][seed].selected()) for seed in seeds] for name in (label, study.reference)
     )
     return paired_interval(ours, theirs)
+
+
+def unfinished(study: Study) -> list[str]:
+    """Runs that did not come to their end, and where their numbers stand."""
+    return [
+        f"{run.label}, seed {run.seed}, is {run.status} after {plural(run.rounds[-1].round, 'round')}: "
+        f"its numbers are of round {run.selected().round}."
+        for run in study.all_runs()
+        if run.status != "finished"
+    ]

@@ -13,7 +13,16 @@ import pandas as pd
 from fedmerge.experiment.record import RoundRecord, RunRecord, Scores
 from fedmerge.report.costs import costs
 from fedmerge.report.statistics import Difference, FloatArray, Interval, mean_entropy, mean_interval, recovery
-from fedmerge.report.study import Study, accuracies, client_accuracies, differences, losses, studies, summary
+from fedmerge.report.study import (
+    Study,
+    accuracies,
+    client_accuracies,
+    differences,
+    losses,
+    studies,
+    summary,
+    unfinished,
+)
 from fedmerge.report.table import Cell, Column, Table
 from fedmerge.report.text import ranges
 
@@ -135,7 +144,7 @@ _SUMMARY_COLUMNS = {
     "deviation": Column("Spread (points)", "percent", "standard deviation over clients"),
     "below_local": Column("Below Local (%)", "percent", "share of clients worse than training alone"),
     "last_mean": Column("Last round (%)", "percent", "mean over clients at the last round instead"),
-    "finetuned_mean": Column("Fine-tuned (%)", "percent", "the last round's models after local fine-tuning"),
+    "finetuned_mean": Column("Fine-tuned (%)", "percent", "the selected round's models after local fine-tuning"),
 }
 
 
@@ -157,6 +166,7 @@ def _filled(columns: Sequence[Column], rows: Sequence[Row], caption: str, notes:
 def _notes(study: Study) -> tuple[str, ...]:
     """What the numbers alone do not say."""
     notes = ["± is the half width of a 95 % t interval over seeds."] if len(study.seeds) > 1 else []
+    notes += unfinished(study)
     found = differences(study)
     if any(difference.interval.over == "clients" for difference in found):
         notes.append("† over clients, one seed: says nothing about other splits.")
@@ -176,7 +186,7 @@ def _main_columns(study: Study) -> tuple[Column, ...]:
     mean, *others = _SUMMARY_COLUMNS.values()
     return (
         Column("Method", "text"),
-        Column("Seeds", "whole", "runs with different split, start and cohorts"),
+        Column("Seeds", "whole", "runs that differ in initial model, cohorts and, unless the clients are fixed, split"),
         mean,
         Column(f"To {study.reference} (points)", "points", f"paired difference to {study.reference} on the same seeds"),
         Column("p (Holm)", "p", "paired t test over seeds, corrected for the number of methods"),

@@ -10,7 +10,7 @@ import numpy as np
 from fedmerge.experiment.record import RunRecord
 from fedmerge.report.costs import costs
 from fedmerge.report.statistics import Difference, Interval, mean_interval, share_below
-from fedmerge.report.study import Study, client_accuracies, differences
+from fedmerge.report.study import Study, client_accuracies, differences, unfinished
 from fedmerge.report.text import interval, listed, percent, plain_options, plural, ranges
 
 SIGNIFICANT = 0.05
@@ -105,7 +105,8 @@ def remarks(study: Study) -> tuple[str, ...]:
         _evidence(study),
         _below_local(study),
         *_one_model(study),
-        *_unfinished(study),
+        *_untrained(study),
+        *unfinished(study),
     ]
     return tuple(sentence for sentence in found if sentence)
 
@@ -142,11 +143,12 @@ def _one_model(study: Study) -> list[str]:
     ]
 
 
-def _unfinished(study: Study) -> list[str]:
+def _untrained(study: Study) -> list[str]:
+    """Runs for which no evaluated round beat the initial model on validation."""
     return [
-        f"{run.label}, seed {run.seed}, is {run.status}: its numbers stand at round {run.last().round}."
+        f"{run.label}, seed {run.seed}, is reported before any training: no later round did better on validation."
         for run in study.all_runs()
-        if run.status != "finished"
+        if run.selected().round == 0 and run.rounds[-1].round > 0
     ]
 
 
@@ -158,7 +160,7 @@ def protocol(study: Study) -> tuple[str, ...]:
     rounds = _span(runs, lambda run: [run.rounds[-1].round])
     evaluated = _span(runs, lambda run: [len(run.evaluated())])
     return (
-        f"Seeds {ranges(study.seeds)}; a seed decides data split, initial model, cohorts and batches together.",
+        f"Seeds {ranges(study.seeds)}; a seed decides {_decided(runs)}.",
         f"{clients} clients, {cohort or 'none'} of them in a round; rounds: {rounds}; evaluations: {evaluated}.",
         _selection(runs),
         _cohorts(study),
@@ -169,6 +171,13 @@ def protocol(study: Study) -> tuple[str, ...]:
         "by Holm for the number of methods compared. Intervals are not corrected.",
         "The records do not say how hyper-parameters were chosen.",
     )
+
+
+def _decided(runs: Sequence[RunRecord]) -> str:
+    """What changes from seed to seed; a user's own clients may stay as they are."""
+    if len({run.seed for run in runs}) > 1 and len({run.data_sha256 for run in runs}) == 1:
+        return "initial model, cohorts and batches; clients and their splits are the same for all seeds"
+    return "data split, initial model, cohorts and batches together"
 
 
 def _span(runs: Sequence[RunRecord], counts: Callable[[RunRecord], Sequence[int]]) -> str:

@@ -57,7 +57,10 @@ class Stock:
         if self.free:
             there, total = int(self.available("train").sum()), sum(asked.values())
             if total > there:
-                raise DataError(f"asked for {total} items, {self.pool.name} has {there}; {advice}")
+                raise DataError(
+                    f"asked for {total} items, {self.pool.name} has {there}; {advice} "
+                    "(options clients, train, validation, test of the partition)"
+                )
             return
         for split, total in asked.items():
             there = int(self.available(split).sum())
