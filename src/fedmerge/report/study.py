@@ -30,7 +30,7 @@ class Study:
         setting: As the runs call it.
         runs: Label -> seed -> run; labels in order of appearance, seeds ascending.
         reference: The label that every other one is compared with.
-        colours: Label -> index of its colour, the same in every study of a report.
+        colours: Label -> index of its colour, by name: the same however the runs were gathered.
     """
 
     setting: str
@@ -80,13 +80,16 @@ def studies(runs: Sequence[RunRecord], *, reference: str | None = None) -> tuple
     for run in runs:
         _check_scored(run)
         settings.setdefault(run.setting, []).append(run)
-    colours = {label: index for index, label in enumerate(dict.fromkeys(run.label for run in runs))}
+    colours = {label: index for index, label in enumerate(sorted({run.label for run in runs}))}
+    rank = {label: index for index, label in enumerate(dict.fromkeys(run.label for run in runs))}
+    for members in settings.values():
+        members.sort(key=lambda run: (rank[run.label], run.seed))
     return tuple(_study(setting, members, reference, colours) for setting, members in settings.items())
 
 
 def _study(setting: str, members: Sequence[RunRecord], reference: str | None, colours: Mapping[str, int]) -> Study:
     table: dict[str, dict[int, RunRecord]] = {}
-    for run in sorted(members, key=lambda run: (colours[run.label], run.seed)):
+    for run in members:
         if run.seed in table.setdefault(run.label, {}):
             raise UsageError(
                 f"two runs are called {run.label!r} with seed {run.seed} in the setting {setting!r}; "
