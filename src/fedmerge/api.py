@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pandas as pd
-from torch import Tensor, nn
+from torch import nn
 
 from fedmerge.algorithms import ALGORITHMS
-from fedmerge.core.errors import UsageError, unknown_name
+from fedmerge.core.errors import UsageError
 from fedmerge.core.options import build_options, option_fields
 from fedmerge.core.protocol import Algorithm
 from fedmerge.core.registry import Registry
@@ -24,12 +20,12 @@ from fedmerge.data import PARTITIONS, SOURCES, FederatedData, check_federation
 from fedmerge.data.sources import Source
 from fedmerge.experiment.comparison import refuse_taken
 from fedmerge.experiment.config import Config, RunOptions, build_config, check_label, default_partition, unknown_option
-from fedmerge.experiment.execute import Outcome, Watcher, execute, execute_config
+from fedmerge.experiment.execute import Watcher, execute, execute_config
 from fedmerge.experiment.federation import load_data
 from fedmerge.experiment.record import RoundRecord, RunRecord, read_run
-from fedmerge.experiment.simulation import models_now, one_thread, prepare
+from fedmerge.experiment.simulation import prepare
 from fedmerge.models import NETWORKS, Network
-from fedmerge.report import Table, clients_frame, comparison_table, runs_frame, write_report
+from fedmerge.results import Comparison, Run
 from fedmerge.training import LocalTraining
 
 Data = FederatedData | Source | str | Mapping[str, Any]
@@ -39,103 +35,6 @@ Method = str | Mapping[str, Any] | Algorithm[Any]
 Training = LocalTraining | Mapping[str, Any] | None
 Dealer = Callable[[int], FederatedData]
 """The clients of a seed."""
-
-
-@dataclass(frozen=True, repr=False)
-class Run:
-    """A finished run.
-
-    Attributes:
-        outcome: Record, final state and what it ran on.
-    """
-
-    outcome: Outcome
-
-    def __repr__(self) -> str:
-        record = self.record
-        return f"<Run {record.label!r}, seed {record.seed}: {record.status}, test accuracy {self.accuracy:.1%}>"
-
-    @property
-    def record(self) -> RunRecord:
-        """Everything measured."""
-        return self.outcome.record
-
-    @property
-    def accuracy(self) -> float:
-        """Mean test accuracy over clients at the round that validation selects, 0..1."""
-        scores = self.record.selected().test
-        return math.nan if scores is None else scores.mean_accuracy()
-
-    def mixing(self) -> Tensor | None:
-        """[N, d] merging weights of every client at the selected round; None for methods without them."""
-        return self.outcome.setup.algorithm.mixing(self.outcome.selected.state)
-
-    def client_model(self, client: str | int) -> nn.Module:
-        """The network that one client would deploy, ready to use, in evaluation mode.
-
-        It is that of the round which validation selects: the one whose scores are reported.
-
-        Args:
-            client: Its name or index.
-        """
-        setup, names = self.outcome.setup, self.record.client_names
-        index = _index_of(client, names)
-        with one_thread():
-            params = models_now(setup, self.outcome.selected)[index]
-        module = copy.deepcopy(setup.module)
-        setup.layout.write(params, module)
-        return module.eval()
-
-    def frame(self) -> pd.DataFrame:
-        """One row per client: its scores at the selected and at the last round."""
-        return clients_frame([self.record])
-
-    def table(self) -> Table:
-        """The run's summary; prints as Markdown."""
-        return comparison_table([self.record])
-
-    def report(self, target: Path | str) -> Path:
-        """Writes one self-contained HTML page."""
-        return write_report([self.record], Path(target))
-
-
-def _index_of(client: Any, names: Sequence[str]) -> int:
-    if isinstance(client, str) and client in names:
-        return names.index(client)
-    if isinstance(client, (int, np.integer)) and not isinstance(client, bool) and 0 <= client < len(names):
-        return int(client)
-    raise UsageError(f"{unknown_name('client', client, names)}, or 0..{len(names) - 1}")
-
-
-@dataclass(frozen=True, repr=False)
-class Comparison:
-    """Several methods on the same data, seeds, cohorts and local budget.
-
-    Attributes:
-        records: One per method and seed.
-    """
-
-    records: tuple[RunRecord, ...]
-
-    def __repr__(self) -> str:
-        labels = dict.fromkeys(record.label for record in self.records)
-        return f"<Comparison of {', '.join(labels)}: {len(self.records)} runs>"
-
-    def frame(self) -> pd.DataFrame:
-        """One row per run."""
-        return runs_frame(self.records)
-
-    def clients_frame(self) -> pd.DataFrame:
-        """One row per run and client."""
-        return clients_frame(self.records)
-
-    def table(self, reference: str | None = None) -> Table:
-        """Methods with intervals and paired differences to `reference`; prints as Markdown."""
-        return comparison_table(self.records, reference=reference)
-
-    def report(self, target: Path | str, reference: str | None = None) -> Path:
-        """Writes one self-contained HTML page."""
-        return write_report(self.records, Path(target), reference=reference)
 
 
 def run(
