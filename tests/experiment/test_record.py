@@ -20,6 +20,7 @@ from fedmerge.experiment.record import (
     Scores,
     append_round,
     read_run,
+    select,
     to_plain,
     write_atomically,
     write_run,
@@ -215,3 +216,15 @@ def test_without_validation_items_the_last_round_is_selected() -> None:
 def test_clients_without_items_do_not_count_in_the_mean() -> None:
     assert Scores((1.0, None, 0.5), (0.0, None, 0.0)).mean_accuracy() == (1.0 + 0.5) / 2
     assert math.isnan(Scores((None,), (None,)).mean_accuracy())
+
+
+@given(st.lists(st.one_of(st.none(), st.sampled_from([0.1, 0.5, 0.9])), min_size=1, max_size=8))
+def test_selecting_as_rounds_come_in_selects_the_same_round_as_looking_back(accuracies: list[float | None]) -> None:
+    lines = [
+        RoundRecord(n, (0,), 0.0, 0, 0, 0, 0, {}, None, Scores((value,), (value,)), Scores((0.5,), (0.5,)))
+        for n, value in enumerate(accuracies)
+    ]
+    best = lines[0]
+    for line in lines[1:]:
+        best = select((best, line))
+    assert best is select(lines)

@@ -18,7 +18,7 @@ from fedmerge.core.errors import UsageError
 from fedmerge.core.options import check_options, option
 from fedmerge.core.protocol import Batches, Cost, Draw, Federation, Task, Update
 from fedmerge.core.shrinkage import shrunk_updates
-from fedmerge.core.soup import Soup, merge, mixing, shares
+from fedmerge.core.soup import Soup, logit_gradient, merge, mixing, shares
 from fedmerge.core.sums import along, centred, shares_of_examples, squared_norms, weighted_sum
 
 log = logging.getLogger(__name__)
@@ -273,16 +273,17 @@ class FedMerge:
         for block, (a, b) in enumerate(state.scope.tolist()):
             models, replies, rows = state.soup.models[:, a:b], delta[:, a:b], logits[block, clients]
             weights = mixing(rows)
-            pull = along(models, replies, weights)
             if self.rule == "mirror":
-                rows = self._mirrored(rows, pull, models, replies)
+                rows = self._mirrored(rows, along(models, replies, weights), models, replies)
             elif self.rule == "official":
-                rows = rules.official_step(rows, weights * pull, proportions, lr=self.mixing_lr or 0.0)
+                slope = weights * along(models, replies, weights)
+                rows = rules.official_step(rows, slope, proportions, lr=self.mixing_lr or 0.0)
             elif self.rule == "gradient":
-                rows = rules.gradient_step(rows, proportions[:, None] * weights * pull, lr=self.mixing_lr or 0.0)
+                gradient = logit_gradient(models, weights, replies, proportions)
+                rows = rules.gradient_step(rows, gradient, lr=self.mixing_lr or 0.0)
             else:
                 memory = rules.Moments(moments[0, block, clients], moments[1, block, clients], state.seen[clients])
-                gradient = proportions[:, None] * weights * pull
+                gradient = logit_gradient(models, weights, replies, proportions)
                 rows, memory = rules.adam_step(rows, gradient, memory, lr=self.mixing_lr or 0.0)
                 moments[:, block, clients] = torch.stack([memory.first, memory.second])
             logits[block, clients] = rows

@@ -12,7 +12,7 @@ from fedmerge.algorithms import ALGORITHMS
 from fedmerge.data import FederatedData
 from fedmerge.experiment.config import Config, RunOptions, plain_options
 from fedmerge.experiment.federation import load_data
-from fedmerge.experiment.record import RoundRecord, RunRecord, Status, append_round, write_run
+from fedmerge.experiment.record import RoundRecord, RunRecord, Status, append_round, select, write_run
 from fedmerge.experiment.simulation import Progress, Setup, finetune, one_thread, prepare, rounds
 from fedmerge.experiment.store import create_run_folder, versions, write_inputs, write_models
 from fedmerge.training import LocalTraining
@@ -104,7 +104,7 @@ def execute(
     try:
         with one_thread():
             for progress_now, line in rounds(setup, progress):
-                journey.follow(progress_now, line, record)
+                journey.follow(progress_now, line)
                 if folder is not None:
                     append_round(folder, line)
                 if watch is not None:
@@ -125,12 +125,16 @@ class _Journey:
     last: Progress
     selected: Progress
     lines: list[RoundRecord]
+    best: RoundRecord | None = None
 
-    def follow(self, progress: Progress, line: RoundRecord, record: RunRecord) -> None:
+    def follow(self, progress: Progress, line: RoundRecord) -> None:
         """Takes in one round."""
         self.last = progress
         self.lines.append(line)
-        if line.test is not None and replace(record, rounds=tuple(self.lines)).selected() is line:
+        if line.test is None:
+            return
+        self.best = line if self.best is None else select((self.best, line))
+        if self.best is line:
             self.selected = progress
 
 

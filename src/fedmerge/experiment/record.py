@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -145,8 +145,17 @@ class RunRecord:
         Without any validation items this is the last evaluated round.
         """
         self.last()
-        best = max(self.evaluated(), key=_validation_rank)
-        return best if best.validation and not math.isnan(best.validation.mean_accuracy()) else self.last()
+        return select(self.evaluated())
+
+
+def select(evaluated: Sequence[RoundRecord]) -> RoundRecord:
+    """The record with the best mean validation accuracy, the earliest of equals; the last one if none has any.
+
+    Args:
+        evaluated: In order, at least one. Selecting pair by pair as rounds come in gives the same record.
+    """
+    best = max(evaluated, key=_validation_rank)
+    return best if best.validation and not math.isnan(best.validation.mean_accuracy()) else evaluated[-1]
 
 
 def _validation_rank(record: RoundRecord) -> tuple[float, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -244,7 +244,3 @@ def rounds(setup: Setup, progress: Progress) -> Iterator[tuple[Progress, RoundRe
         progress, record = advance(setup, progress)
         due = progress.round % setup.options.evaluate_every == 0 or progress.round == setup.options.rounds
         yield progress, evaluate(setup, progress, record) if due else record
-
-
-Watcher = Callable[[RoundRecord], None]
-"""Called after every round, for progress displays."""
