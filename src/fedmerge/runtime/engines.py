@@ -12,6 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 from torch.func import vmap
+from torch.nn.utils.rnn import pad_sequence
 
 from fedmerge.core.errors import UsageError
 from fedmerge.core.protocol import Batch, Batches, stack, take
@@ -105,7 +106,7 @@ class Vectorised:
         """Maps `function` over chunks of clients."""
         results: list[Any] = [None] * len(clients)
         for chunk in self._chunks(clients):
-            stacked = stack(self._alike([clients[i] for i in chunk]))
+            stacked = _stacked([clients[i] for i in chunk])
             outputs = vmap(lambda arguments: function(self._task, *arguments))(stacked)
             for place, i in enumerate(chunk):
                 results[i] = take(outputs, place)
@@ -144,11 +145,6 @@ class Vectorised:
         """
         return sum(size) <= 2 * sum(smallest) + 32 if self._paddable else size == smallest
 
-    def _alike(self, clients: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-        """The same arguments with all batches padded to one shape."""
-        columns = [_padded(column) if _are_batches(column[0]) else column for column in zip(*clients, strict=True)]
-        return list(zip(*columns, strict=True)) if columns else list(clients)
-
 
 def _are_batches(argument: Any) -> bool:
     return isinstance(argument, tuple) and len(argument) > 0 and isinstance(argument[0], Batch)
@@ -160,24 +156,30 @@ def _sizes(arguments: tuple[Any, ...]) -> Iterator[int]:
             yield from (len(batch.targets) for batch in argument)
 
 
-def _padded(column: Sequence[Batches]) -> list[Batches]:
+def _stacked(clients: Sequence[tuple[Any, ...]]) -> tuple[Any, ...]:
+    """The arguments with a leading client axis; batches are padded to one shape."""
+    columns = zip(*clients, strict=True)
+    return tuple(_padded(column) if _are_batches(column[0]) else stack(column) for column in columns)
+
+
+def _padded(column: Sequence[Batches]) -> Batches:
+    """Batches of all clients side by side: examples of weight 0 and steps of rate 0 make up for what some lack."""
     steps = max(len(batches) for batches in column)
-    widths = [max(len(batches[s].targets) for batches in column if s < len(batches)) for s in range(steps)]
-    return [
-        tuple(_pad(batches[s] if s < len(batches) else _empty(batches[0]), widths[s]) for s in range(steps))
-        for batches in column
-    ]
+    return tuple(
+        _side_by_side([batches[s] if s < len(batches) else _empty(batches[0]) for batches in column])
+        for s in range(steps)
+    )
+
+
+def _side_by_side(batches: Sequence[Batch]) -> Batch:
+    return Batch(
+        pad_sequence([batch.inputs for batch in batches], batch_first=True),
+        pad_sequence([batch.targets for batch in batches], batch_first=True),
+        pad_sequence([batch.weight for batch in batches], batch_first=True),
+        torch.stack([batch.lr for batch in batches]),
+    )
 
 
 def _empty(batch: Batch) -> Batch:
     """A step without examples whose learning rate is 0."""
     return Batch(batch.inputs[:0], batch.targets[:0], batch.weight[:0], torch.zeros_like(batch.lr))
-
-
-def _pad(batch: Batch, width: int) -> Batch:
-    missing = width - len(batch.targets)
-    if missing == 0:
-        return batch
-    inputs = torch.cat([batch.inputs, batch.inputs.new_zeros(missing, *batch.inputs.shape[1:])])
-    targets = torch.cat([batch.targets, batch.targets.new_zeros(missing)])
-    return Batch(inputs, targets, torch.cat([batch.weight, batch.weight.new_zeros(missing)]), batch.lr)

@@ -67,11 +67,13 @@ def _order(num_examples: int, training: LocalTraining, rng: np.random.Generator)
     return steps[:wanted]
 
 
-def _batch(examples: Examples, index: torch.Tensor | slice, lr: float) -> Batch:
-    targets = examples.targets[index]
-    weight = torch.full((len(targets),), 1 / len(targets), dtype=examples.inputs.dtype, device=targets.device)
-    rate = torch.tensor(lr, dtype=examples.inputs.dtype, device=targets.device)
-    return Batch(examples.inputs[index], targets, weight, rate)
+def _cut(examples: Examples, sizes: list[int], lr: float) -> Batches:
+    """Batches of these sizes, one after another."""
+    inputs, targets = torch.split(examples.inputs, sizes), torch.split(examples.targets, sizes)
+    each = np.repeat(1 / np.array(sizes, dtype=np.float64), sizes)
+    weights = torch.split(torch.from_numpy(each).to(examples.inputs), sizes)
+    rate = torch.tensor(lr, dtype=examples.inputs.dtype, device=examples.inputs.device)
+    return tuple(Batch(x, y, weight, rate) for x, y, weight in zip(inputs, targets, weights, strict=True))
 
 
 def draw_batches(
@@ -89,10 +91,12 @@ def draw_batches(
     """
     rng = generator(seed, "batches", round_number, client)
     steps = _order(len(examples.targets), training, rng)
-    return tuple(_batch(examples, torch.from_numpy(index).to(examples.targets.device), lr) for index in steps)
+    index = torch.from_numpy(np.concatenate(steps)).to(examples.targets.device)
+    drawn = Examples(examples.inputs[index], examples.targets[index])
+    return _cut(drawn, [len(step) for step in steps], lr)
 
 
 def one_pass(examples: Examples, batch_size: int = 512, lr: float = 0.0) -> Batches:
     """All examples once in their own order, without copies."""
-    starts = range(0, len(examples.targets), batch_size)
-    return tuple(_batch(examples, slice(start, start + batch_size), lr) for start in starts)
+    whole, left = divmod(len(examples.targets), batch_size)
+    return _cut(examples, [batch_size] * whole + [left] * bool(left), lr)

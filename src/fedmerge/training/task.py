@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from fedmerge.core.protocol import Alter, Batch, Batches, Slope
 from fedmerge.core.vector import Layout
+from fedmerge.training import dense
 from fedmerge.training.sgd import Descent
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
@@ -244,9 +245,12 @@ class FunctionalTask:
         self.layout, self._descent, self._criterion = layout, descent, criterion
         self._training = copy.deepcopy(module).train()
         self._evaluating = copy.deepcopy(module).eval()
+        self._chain = dense.chain_of(module, layout) if criterion is cross_entropy else None
 
     def gradient(self, params: Float[Tensor, " P"], batch: Batch, offset: Tensor | None = None) -> Slope:
         """Loss, gradient [T] and new buffers [P − T] in training mode; `offset` [B, K] is added to the outputs."""
+        if self._chain is not None and self._chain.takes(batch.inputs):
+            return dense.gradient(self._chain, self.layout, params, batch, offset)
 
         def outputs_of(tensors: dict[str, Tensor], _: Tensor) -> tuple[Tensor, Tensor]:
             outputs = functional_call(self._training, tensors, (batch.inputs,))
