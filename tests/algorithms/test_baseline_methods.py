@@ -5,11 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from fedmerge.algorithms.cfl import SmoothedCfl
 from fedmerge.algorithms.fedavg import FedAvg
 from fedmerge.algorithms.fedprox import FedProx
 from fedmerge.algorithms.fesem import FeSem
 from fedmerge.algorithms.ifca import Choice, Ifca
 from fedmerge.algorithms.local import Local
+from fedmerge.algorithms.one_shot import OneShot
 from fedmerge.algorithms.oracle import Oracle
 from fedmerge.core.errors import DataError, UsageError
 from fedmerge.core.protocol import Federation, Slope, Update, deliver
@@ -83,6 +85,24 @@ def test_the_oracle_averages_inside_the_groups():
     state = begin(algorithm, replace(FACTS, groups=(0, 1, 0)))
     state = deliver(algorithm, state, EVERYONE, Update(column(1, 5, 4)), COUNTS)
     assert algorithm.send(state, EVERYONE).tolist() == [[7.0], [5.0], [7.0]]
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        FeSem(num_models=1, server_momentum=0.5),
+        Ifca(num_models=1, server_momentum=0.5),
+        OneShot(num_models=1, server_momentum=0.5),
+        SmoothedCfl(gap=9.0, server_momentum=0.5),
+    ],
+    ids=repr,
+)
+def test_one_cluster_with_momentum_is_fedavg_with_momentum(algorithm):
+    federation = small()
+    averaged, _ = federation.play(FedAvg(server_momentum=0.5), rounds=3)
+    found, _ = federation.play(algorithm, rounds=3)
+    torch.testing.assert_close(found.averages.models, averaged.models, rtol=1e-12, atol=1e-12)
+    assert algorithm.cost(found).server_floats >= found.averages.models.numel() + found.averages.velocity.numel()
 
 
 def test_a_group_without_replies_stays_where_it_is():

@@ -41,8 +41,8 @@ def test_it_is_fedavg_in_its_limit(algorithm):
     federation = small()
     averaged, _ = federation.play(FedAvg(), rounds=3)
     found, _ = federation.play(algorithm, rounds=3)
-    assert len(found.models) == 1
-    torch.testing.assert_close(found.models, averaged.models, rtol=1e-12, atol=1e-12)
+    assert len(found.averages.models) == 1
+    torch.testing.assert_close(found.averages.models, averaged.models, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("algorithm", BOTH, ids=repr)
@@ -50,7 +50,7 @@ def test_groups_are_made_in_the_round_after_the_warmup_and_averaged_apart(algori
     """Means by examples: (1·(1, 0) + 3·(1, .2)) / 4 and ((−2, 0) + (−1.8, .2)) / 2; the buffer takes 9."""
     state = reply(algorithm, begin(algorithm))
     assert state.assigned.tolist() == [0, 0, 1, 1]
-    np.testing.assert_allclose(state.models.numpy(), [[9.0, 9.85, -8.0], [11.9, 9.9, -8.0]])
+    np.testing.assert_allclose(state.averages.models.numpy(), [[9.0, 9.85, -8.0], [11.9, 9.9, -8.0]])
     assert algorithm.mixing(state).tolist() == [[1, 0], [1, 0], [0, 1], [0, 1]]
 
 
@@ -65,7 +65,7 @@ def test_groups_stay_as_they_were_made(algorithm):
 def test_a_late_client_receives_the_mean_and_joins_the_group_with_its_direction(algorithm):
     """Clients 0, 1 and 2 are known: two in the first group, so its model counts 2/3 until client 3 replies."""
     state = reply(algorithm, begin(algorithm), torch.tensor([0, 1, 2]))
-    expected = state.models[0] * 2 / 3 + state.models[1] / 3
+    expected = state.averages.models[0] * 2 / 3 + state.averages.models[1] / 3
     torch.testing.assert_close(algorithm.send(state, torch.tensor([3]))[0], expected)
     torch.testing.assert_close(algorithm.mixing(state)[3], torch.tensor([2 / 3, 1 / 3]).double())
     state = deliver(algorithm, state, torch.tensor([3]), Update(torch.tensor([[-0.1, 0.01, 0.0]]).double()), COUNTS[3:])
@@ -75,9 +75,9 @@ def test_a_late_client_receives_the_mean_and_joins_the_group_with_its_direction(
 @pytest.mark.parametrize("algorithm", [OneShot(num_models=3), Flhc(num_models=3, warmup=0)], ids=repr)
 def test_it_waits_until_enough_clients_were_heard(algorithm):
     state = reply(algorithm, begin(algorithm), torch.tensor([0, 1]))
-    assert len(state.models) == 1
+    assert len(state.averages.models) == 1
     state = deliver(algorithm, state, torch.tensor([2]), Update(TWO_SIDES[2:3]), COUNTS[2:3])
-    assert len(state.models) == 3
+    assert len(state.averages.models) == 3
     assert sorted(state.assigned.tolist()) == [-1, 0, 1, 2]
 
 
@@ -93,8 +93,8 @@ def test_the_threshold_of_flhc_in_units_of_the_typical_update():
     updates = torch.tensor([[1.0, 0.0, 0.0], [-1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 1.0, 0.0]]).double()
     for threshold, groups in ((1.41, 3), (1.42, 1)):
         algorithm = Flhc(threshold=threshold, linkage="single", warmup=0)
-        assert len(reply(algorithm, begin(algorithm), updates=updates).models) == groups
-        assert len(reply(algorithm, begin(algorithm), updates=100 * updates).models) == groups
+        assert len(reply(algorithm, begin(algorithm), updates=updates).averages.models) == groups
+        assert len(reply(algorithm, begin(algorithm), updates=100 * updates).averages.models) == groups
 
 
 def test_the_cosine_metric_of_flhc_ignores_length():

@@ -24,6 +24,8 @@ GROUPS = tuple(i % 3 for i in range(N))
 VARIANTS = [
     *((name, {}) for name in ALGORITHMS),
     ("fedavg", {"server_momentum": 0.5}),
+    ("fesem", {"server_momentum": 0.5}),
+    ("ifca", {"server_momentum": 0.5}),
     ("fedmerge", {"num_models": 3}),
     ("fedmerge", {"num_models": 3, "initial": "noise"}),
     ("fedmerge", {"num_models": 3, "rows": "layer"}),
@@ -32,11 +34,11 @@ VARIANTS = [
     ("fedmerge", {"rule": "gradient", "num_models": 3}),
     ("fedmerge", {"rule": "adam", "num_models": 3}),
     ("cfl", {"warmup": 1, "min_size": 1, "stationary": 1.0}),
-    ("cfl-smoothed", {"warmup": 1, "min_size": 1, "stationary": 1.0, "gap": 0.0}),
+    ("cfl-smoothed", {"warmup": 1, "min_size": 1, "stationary": 1.0, "gap": 0.0, "server_momentum": 0.5}),
     ("femam", {"rounds_per_level": 2}),
     ("fedsoft", {"estimate_every": 3}),
     ("flhc", {"warmup": 1, "metric": "cosine", "linkage": "average"}),
-    ("one-shot", {"warmup": 4}),
+    ("one-shot", {"warmup": 4, "server_momentum": 0.5}),
 ]
 IDS = [name + ("" if not options else f"-{'-'.join(str(v) for v in options.values())}") for name, options in VARIANTS]
 

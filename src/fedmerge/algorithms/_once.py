@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from fedmerge.algorithms import _clusters, _parts
 from fedmerge.core.protocol import Cost, Draw, Federation, Update
+from fedmerge.core.soup import shares
 
 Grouping = Callable[[Float[Tensor, "n T"]], Int[Tensor, " n"]]
 """Group number, from 0, of each update."""
@@ -22,7 +24,7 @@ class Groups:
     """Server state.
 
     Attributes:
-        models: [1, P] before the groups are made, then [d, P].
+        averages: One model before the groups are made, then one per group.
         assigned: [N] each client's group, −1 as long as it has none.
         progress: [N, T] each client's latest update of the trainable part; [0, T] once there are groups.
         heard: [N] how often each client replied.
@@ -31,7 +33,7 @@ class Groups:
         seed: [] for the grouping.
     """
 
-    models: Float[Tensor, "d P"]
+    averages: _parts.Models
     assigned: Int[Tensor, " N"]
     progress: Float[Tensor, "kept T"]
     heard: Int[Tensor, " N"]
@@ -45,7 +47,8 @@ def begin(draw: Draw, federation: Federation, seed: int) -> Groups:
     first, N = draw(0), federation.num_clients
     progress = torch.zeros(N, federation.num_trainable, dtype=first.dtype)
     unknown, heard = torch.full((N,), -1), torch.zeros(N, dtype=torch.int64)
-    return Groups(first[None], unknown, progress, heard, progress[:0], torch.tensor(0), torch.tensor(seed))
+    averages = _parts.fresh(first[None], federation.num_trainable)
+    return Groups(averages, unknown, progress, heard, progress[:0], torch.tensor(0), torch.tensor(seed))
 
 
 def with_reply(state: Groups, clients: Int[Tensor, " C"], update: Update) -> Groups:
@@ -69,36 +72,43 @@ def grouped(state: Groups, grouping: Grouping) -> Groups:
     centres = _clusters.mean_directions(state.progress[members], labels, count).to(state.progress.dtype)
     return replace(
         state,
-        models=state.models.repeat(count, 1),
+        averages=_parts.copies(state.averages, [0] * count),
         assigned=state.assigned.index_copy(0, members, labels),
         progress=state.progress[:0],
         centres=centres,
     )
 
 
-def averaged(state: Groups, clients: Int[Tensor, " C"], update: Update, num_examples: Int[Tensor, " C"]) -> Groups:
+def averaged(
+    state: Groups,
+    clients: Int[Tensor, " C"],
+    update: Update,
+    num_examples: Int[Tensor, " C"],
+    *,
+    momentum: float = 0.0,
+) -> Groups:
     """FedAvg inside the groups, or over all as long as there are none."""
     labels = state.assigned[clients].clamp_min(0)
-    step = _clusters.means_within(labels, len(state.models), update.delta, num_examples)
-    return replace(state, models=_clusters.descended(state.models, step))
+    share = shares(one_hot(labels, len(state.averages.models)).double(), num_examples)
+    return replace(state, averages=_parts.averaged(state.averages, share, update, momentum=momentum))
 
 
 def send(self: Any, state: Groups, clients: Int[Tensor, " C"]) -> Float[Tensor, "C P"]:
     """Each client its group's model."""
-    return _clusters.received(state.models, state.assigned, clients)
+    return _clusters.received(state.averages.models, state.assigned, clients)
 
 
 def cost(self: Any, state: Groups) -> Cost:
     """One vector each way; before there are groups the server keeps every client's update."""
-    kept = state.models.numel() + state.progress.numel() + state.centres.numel()
-    return _parts.one_vector_each_way(state.models, server_floats=kept)
+    cost = _parts.averaging_cost(self, state.averages)
+    return replace(cost, server_floats=cost.server_floats + state.progress.numel() + state.centres.numel())
 
 
 def describe(self: Any, state: Groups) -> dict[str, Any]:
     """How many groups were made; 1 before."""
-    return {"num_models": len(state.models)}
+    return {"num_models": len(state.averages.models)}
 
 
 def mixing(self: Any, state: Groups) -> Float[Tensor, "N d"]:
     """One-hot rows."""
-    return _clusters.rows_of(state.assigned, len(state.models))
+    return _clusters.rows_of(state.assigned, len(state.averages.models))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -30,6 +31,11 @@ class Models:
 def fresh(models: Float[Tensor, "d P"], num_trainable: int) -> Models:
     """Models at rest."""
     return Models(models, torch.zeros_like(models[:, :num_trainable]))
+
+
+def copies(state: Models, which: Sequence[int]) -> Models:
+    """The models of these numbers, each with its velocity."""
+    return Models(state.models[list(which)], state.velocity[list(which)])
 
 
 def moved(state: Models, step: Float[Tensor, "d P"], *, lr: float, momentum: float) -> Models:

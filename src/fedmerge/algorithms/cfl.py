@@ -26,14 +26,14 @@ class Splits:
     """Server state.
 
     Attributes:
-        models: [d, P] one model per cluster; d grows.
+        averages: One model per cluster; d grows.
         assigned: [N] each client's cluster, −1 before its first reply.
         progress: [N, T] each client's update of the trainable part, averaged over its last replies.
         rounds: [] rounds so far.
         reach: [] length of the longest update of the first round.
     """
 
-    models: Float[Tensor, "d P"]
+    averages: _parts.Models
     assigned: Int[Tensor, " N"]
     progress: Float[Tensor, "N T"]
     rounds: Int[Tensor, ""]
@@ -45,12 +45,13 @@ def _init(self: Any, draw: Draw, federation: Federation, seed: int) -> Splits:
     first, N = draw(0), federation.num_clients
     progress = torch.zeros(N, federation.num_trainable, dtype=first.dtype)
     reach = torch.zeros((), dtype=torch.float64)
-    return Splits(first[None], torch.full((N,), -1), progress, torch.tensor(0), reach)
+    averages = _parts.fresh(first[None], federation.num_trainable)
+    return Splits(averages, torch.full((N,), -1), progress, torch.tensor(0), reach)
 
 
 def _send(self: Any, state: Splits, clients: Int[Tensor, " C"]) -> Float[Tensor, "C P"]:
     """Each client its cluster's model."""
-    return _clusters.received(state.models, state.assigned, clients)
+    return _clusters.received(state.averages.models, state.assigned, clients)
 
 
 def _receive(
@@ -59,38 +60,39 @@ def _receive(
     """FedAvg inside the clusters, then splits those that have come to rest while their members have not."""
     state = _remembered(state, clients, update.delta[:, : state.progress.shape[1]], 1 / self.smooth_rounds)
     labels = state.assigned[clients]
-    step = _clusters.means_within(labels, len(state.models), update.delta, num_examples)
-    models, assigned = _clusters.descended(state.models, step), state.assigned
+    step = _clusters.means_within(labels, len(state.averages.models), update.delta, num_examples)
+    averages, assigned = _parts.moved(state.averages, step, lr=1.0, momentum=self.server_momentum), state.assigned
     if int(state.rounds) > self.warmup:
         for j in _at_rest(self, state, labels, update.delta, step):
             members = torch.nonzero(state.assigned == j)[:, 0]
             leaving = members[_second_half(self, state.progress[members])]
             if len(leaving):
-                assigned = assigned.index_fill(0, leaving, len(models))
-                models = torch.cat([models, models[j : j + 1]])
-    return replace(state, models=models, assigned=assigned)
+                assigned = assigned.index_fill(0, leaving, len(averages.models))
+                averages = _parts.copies(averages, [*range(len(averages.models)), j])
+    return replace(state, averages=averages, assigned=assigned)
 
 
 def _cost(self: Any, state: Splits) -> Cost:
     """One vector each way; the server keeps every client's update."""
-    return _parts.one_vector_each_way(state.models, server_floats=state.models.numel() + state.progress.numel())
+    cost = _parts.averaging_cost(self, state.averages)
+    return replace(cost, server_floats=cost.server_floats + state.progress.numel())
 
 
 def _describe(self: Any, state: Splits) -> dict[str, Any]:
     """How many clusters there are by now."""
-    return {"num_models": len(state.models)}
+    return {"num_models": len(state.averages.models)}
 
 
 def _mixing(self: Any, state: Splits) -> Float[Tensor, "N d"]:
     """One-hot rows."""
-    return _clusters.rows_of(state.assigned, len(state.models))
+    return _clusters.rows_of(state.assigned, len(state.averages.models))
 
 
 def _remembered(state: Splits, clients: Int[Tensor, " C"], steps: Float[Tensor, "C T"], rate: float) -> Splits:
     """The state after it took note of the updates and found a cluster for those who replied for the first time."""
     own = state.assigned[clients]
     smoothed = torch.where((own >= 0)[:, None], torch.lerp(state.progress[clients], steps, rate), steps)
-    centres = _clusters.mean_directions(state.progress, state.assigned, len(state.models))
+    centres = _clusters.mean_directions(state.progress, state.assigned, len(state.averages.models))
     found = torch.where(own >= 0, own, _clusters.most_alike(steps, centres))
     return replace(
         state,
@@ -110,7 +112,7 @@ def _at_rest(
 ) -> list[int]:
     """Clusters whose mean update is short beside the longest of its members' updates, which is long still."""
     T = state.progress.shape[1]
-    longest = torch.zeros(len(state.models), dtype=torch.float64, device=deltas.device)
+    longest = torch.zeros(len(step), dtype=torch.float64, device=deltas.device)
     longest = longest.scatter_reduce(0, labels, deltas[:, :T].double().norm(dim=1), "amax")
     resting = step[:, :T].norm(dim=1) < self.stationary * longest
     return torch.nonzero(resting & (longest > self.activity * state.reach))[:, 0].tolist()
@@ -172,6 +174,7 @@ class Cfl:
     similar direction.
     """
 
+    server_momentum: ClassVar[float] = 0.0
     stationary: float = option(0.25, above=0, at_most=1, help="split where |mean update| < this x the longest update")
     activity: float = option(0.75, at_least=0, help="and the longest is > this x the longest of the first round")
     warmup: int = option(20, at_least=0, help="rounds before the first split")
@@ -203,7 +206,8 @@ class SmoothedCfl:
     One round's cosines are mostly noise: CFL as published splits clients that are alike. An exponential mean over
     `smooth_rounds` replies and a `gap` of cosines within over cosines across the halves prevent it. Sends P down and
     P up; the server keeps d·P and N·T numbers; clients keep nothing. With smooth_rounds = 1, gap = 0 and CFL's other
-    defaults but activity = 0 it is CFL; as long as nothing splits it is FedAvg.
+    defaults but activity = 0 it is CFL; as long as nothing splits it is FedAvg. A new cluster begins with the
+    velocity of the one that it leaves.
     """
 
     activity: ClassVar[float] = 0.0
@@ -214,6 +218,7 @@ class SmoothedCfl:
     gap: float = option(0.2, at_least=0, help="smallest difference of mean cosines within and across the halves")
     separation: float = option(0.0, at_least=0, below=1, help="gamma_max of the paper: bound on the closest pair")
     smooth_rounds: float = option(10.0, at_least=1, help="replies that a client's update is averaged over")
+    server_momentum: float = option(0.0, at_least=0, below=1, help="momentum of the server step")
 
     def __post_init__(self) -> None:
         check_options(self)

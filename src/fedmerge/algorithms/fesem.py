@@ -42,10 +42,11 @@ class FeSem:
 
     Sends P down and P up; clients keep nothing. All centres start from one draw; k-means over the first round's
     trained models tells them apart. A client that has not replied yet receives the mean of the centres. With
-    num_models = 1 it is FedAvg.
+    num_models = 1 it is FedAvg. Its paper has no `server_momentum`.
     """
 
     num_models: int = option(5, at_least=1, help="number of centres; this method must be told")
+    server_momentum: float = option(0.0, at_least=0, below=1, help="momentum of the server step")
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -79,7 +80,7 @@ class FeSem:
         nearest = self._first_groups(state, trained) if first_round else _clusters.nearest(trained, centres)
         share = shares(one_hot(nearest, self.num_models).double(), num_examples)
         away = centres[nearest] - trained
-        averages = _parts.averaged(state.averages, share, Update(away))
+        averages = _parts.averaged(state.averages, share, Update(away), momentum=self.server_momentum)
         return Centres(averages, state.assigned.index_copy(0, clients, nearest), state.seed)
 
     def _first_groups(self, state: Centres, trained: Float[Tensor, "C P"]) -> Int[Tensor, " C"]:
@@ -93,7 +94,7 @@ class FeSem:
 
     def cost(self, state: Centres) -> Cost:
         """One vector each way."""
-        return _parts.one_vector_each_way(state.averages.models, server_floats=state.averages.models.numel())
+        return _parts.averaging_cost(self, state.averages)
 
     def describe(self, state: Centres) -> dict[str, Any]:
         """How many centres have members."""

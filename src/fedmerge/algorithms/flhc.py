@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -38,6 +38,7 @@ class Flhc:
     direction with their first reply.
     """
 
+    server_momentum: ClassVar[float] = 0.0
     num_models: int | None = option(None, at_least=1, help="number of groups; none cuts at `threshold`")
     threshold: float = option(2.5, above=0, help="distance at which the tree is cut")
     warmup: int = option(10, at_least=0, help="rounds of FedAvg before the round whose updates are clustered")

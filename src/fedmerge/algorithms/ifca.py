@@ -48,10 +48,12 @@ class Ifca:
     """Sends all d models to every client, which trains the one with the lowest loss on its own data.
 
     Sends d·P down and P up, and costs d extra forward passes per training example. Clients keep nothing. With
-    num_models = 1 it is FedAvg. The d models start from d different draws, as in its paper.
+    num_models = 1 it is FedAvg. The d models start from d different draws, as in its paper, which has no
+    `server_momentum`.
     """
 
     num_models: int = option(5, at_least=1, help="number of clusters; this method must be told")
+    server_momentum: float = option(0.0, at_least=0, below=1, help="momentum of the server step")
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -90,7 +92,7 @@ class Ifca:
     ) -> Clusters:
         """FedAvg among those who chose the same model."""
         share = shares(one_hot(update.model, self.num_models).double(), num_examples)
-        averages = _parts.averaged(state.averages, share, update)
+        averages = _parts.averaged(state.averages, share, update, momentum=self.server_momentum)
         return Clusters(averages, state.chosen.index_copy(0, clients, update.model))
 
     def cost(self, state: Clusters) -> Cost:
@@ -98,7 +100,8 @@ class Ifca:
         models = state.averages.models
         size = models.shape[1] * models.element_size()
         index = state.chosen.element_size()
-        return Cost(len(models) * size, size + index, models.numel(), extra_forward=len(models))
+        kept = _parts.averaging_cost(self, state.averages).server_floats
+        return Cost(len(models) * size, size + index, kept, extra_forward=len(models))
 
     def describe(self, state: Clusters) -> dict[str, Any]:
         """How many models are in use."""

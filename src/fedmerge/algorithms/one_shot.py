@@ -27,11 +27,12 @@ class OneShot:
     In the paper clients train to the end before k-means on their models; from a common start that is k-means on
     their updates, here of one round. Clients that were not heard by then receive the mean of the models, by members,
     and join the group with the most similar direction with their first reply. Should fewer clients than models be
-    heard by then, the decision waits until there are enough.
+    heard by then, the decision waits until there are enough. Its paper has no `server_momentum`.
     """
 
     num_models: int = option(5, at_least=1, help="number of groups; this method must be told")
     warmup: int = option(0, at_least=0, help="rounds of FedAvg before the round whose updates are clustered")
+    server_momentum: float = option(0.0, at_least=0, below=1, help="momentum of the server step")
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -53,7 +54,7 @@ class OneShot:
         heard = int((state.heard > 0).sum())
         if not len(state.centres) and int(state.rounds) > self.warmup and heard >= self.num_models:
             state = _once.grouped(state, lambda updates: self._groups(updates, int(state.seed)))
-        return _once.averaged(state, clients, update, num_examples)
+        return _once.averaged(state, clients, update, num_examples, momentum=self.server_momentum)
 
     def _groups(self, updates: Float[Tensor, "n T"], seed: int) -> Int[Tensor, " n"]:
         labels = renumbered(kmeans(updates, self.num_models, generator(seed, "one-shot")))
