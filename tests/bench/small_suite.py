@@ -8,7 +8,8 @@ from typing import Any
 
 from fedmerge.bench.plan import Planner, Run
 from fedmerge.bench.result import Result
-from fedmerge.bench.suite import Suite, suite_of
+from fedmerge.bench.suite import Suite
+from fedmerge.bench.suite_file import suite_of
 
 PARTITION = {"name": "rotations", "clients": 4, "groups": 2, "train": 10, "validation": 4, "test": 6}
 TABLE: dict[str, Any] = {

@@ -60,6 +60,9 @@ def test_kill_9_and_a_restart_lose_no_finished_run(tmp_path: Path) -> None:
     assert len(keys) == len(set(keys)) == 12
     assert "All 9 reported runs are here." in (folder / "README.md").read_text()
     _is_what_a_run_gives(folder)
+    tuning = [result for result in read_results(folder) if result.stage == "tuning"]
+    assert [result.test + result.last_test for result in tuning] == [()] * 3  # no choice could look at them
+    assert all(result.validation for result in tuning)
 
 
 def _is_what_a_run_gives(folder: Path) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from small_suite import PARTITION, suite, table
 
-from fedmerge.bench.suite import BUILT_IN, narrowed, read_suite, suite_of
+from fedmerge.bench.suite import narrowed
+from fedmerge.bench.suite_file import BUILT_IN, read_suite, suite_of
 from fedmerge.core.errors import UsageError
 
 

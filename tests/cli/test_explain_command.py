@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +64,15 @@ def test_named_clients_are_told_in_a_line_each(runs: Path, capsys: Captured) -> 
 def test_an_unknown_client_is_refused(runs: Path, capsys: Captured) -> None:
     assert main(["explain", str(runs), "client-x"]) == 2
     assert "unknown client 'client-x'" in capsys.readouterr().err
+
+
+def test_a_run_that_was_killed_is_named_as_such(runs: Path, tmp_path: Path, capsys: Captured) -> None:
+    killed = tmp_path / "killed"
+    shutil.copytree(runs / "fedmerge-seed0", killed)
+    facts = json.loads((killed / "run.json").read_text())
+    (killed / "run.json").write_text(json.dumps({**facts, "status": "running"}))
+    assert main(["explain", str(killed)]) == 0
+    assert "fedmerge, seed 0, is running after 2 rounds: its numbers are of round" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("words", [["local-seed0"], ["", "--reference", "local"]])

@@ -213,7 +213,7 @@ def test_a_client_that_cannot_be_used_is_named(what):
     [
         (
             rows(features=4),
-            r"client 'b', train: inputs are float32 \[4\]; expected float32 \[3\] as in client 'a', train",
+            r"client 'b', train: inputs are float32 \[4\]; expected float32 \[3\] as in client 'a', train$",
         ),
         ((rows()[0], ["x", "y"] * 10), "labels are numbers in client 'a', train and texts in client 'b', train"),
         ((rows(2)[0], [0, 1]), "client 'b' has 2 rows, 2 of them different: too few to give one to"),
@@ -222,6 +222,19 @@ def test_a_client_that_cannot_be_used_is_named(what):
 def test_clients_that_do_not_fit_together_are_named(other, message):
     with pytest.raises(DataError, match=message):
         from_arrays({"a": rows(), "b": other})
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "hint"),
+    [
+        (np.uint8, np.float32, r"give whole numbers 0..255, \(255 \* x\).round\(\).astype\('uint8'\) for x in 0..1$"),
+        (np.float32, np.uint8, "give the floats that those were made into, scaled alike$"),
+    ],
+)
+def test_images_of_two_types_are_told_how_to_become_one(first, then, hint):
+    images, labels = np.random.default_rng(0).integers(0, 256, (20, 1, 4, 4)), [0, 1] * 10
+    with pytest.raises(DataError, match=hint):
+        from_arrays({"a": (images.astype(first), labels), "b": (images.astype(then), labels)})
 
 
 def test_an_unknown_text_label_is_named():

@@ -11,11 +11,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from fedmerge.algorithms import _parts
+from fedmerge.algorithms import _fedmerge_options, _parts
 from fedmerge.algorithms._registry import algorithm
 from fedmerge.core import mixing as rules
 from fedmerge.core import structure
-from fedmerge.core.errors import UsageError
 from fedmerge.core.options import check_options, option
 from fedmerge.core.protocol import Batches, Cost, Draw, Federation, Task, Update
 from fedmerge.core.shrinkage import shrunk_updates
@@ -25,21 +24,6 @@ from fedmerge.core.sums import along, centred, shares_of_examples, squared_norms
 log = logging.getLogger(__name__)
 
 Rule = Literal["mirror", "official", "gradient", "adam"]
-
-# What a rule brings with it where the user says nothing. `official` is the authors' published procedure.
-_BY_RULE: dict[str, dict[str, Any]] = {
-    "mirror": {"initial": "split", "scope": "all", "mixing_lr": 0.2, "decay": 0.02, "momentum": 0.5, "shrinkage": 0.3},
-    "gradient": {"initial": "noise", "scope": "all", "mixing_lr": 1.0, "decay": 0.0, "momentum": 0.5, "shrinkage": 0.3},
-    "adam": {"initial": "noise", "scope": "all", "mixing_lr": 0.1, "decay": 0.0, "momentum": 0.5, "shrinkage": 0.3},
-    "official": {
-        "initial": "independent",
-        "scope": "head",
-        "mixing_lr": 0.01,
-        "decay": 0.0,
-        "momentum": 0.0,
-        "shrinkage": 0.0,
-    },
-}
 
 
 @dataclass(frozen=True)
@@ -116,52 +100,12 @@ class FedMerge:
 
     def __post_init__(self) -> None:
         check_options(self)
-        self._refuse_contradictions()
-        for name, value in _BY_RULE[self.rule].items():
+        _fedmerge_options.refuse_contradictions(self)
+        for name, value in _fedmerge_options.BY_RULE[self.rule].items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         if self.initial != "split" and self.num_models is None:
             object.__setattr__(self, "num_models", 5)
-
-    def _refuse_contradictions(self) -> None:
-        faults = self._faults_of_official() if self.rule == "official" else []
-        if self.decay and self.rule != "mirror":
-            faults.append(f"decay: got {self.decay!r} with rule={self.rule!r}; only rule='mirror' has it")
-        if self.rows != "model" and self.scope == "head":
-            faults.append(f"scope: got 'head' with rows={self.rows!r}; expected 'all' or nothing")
-        faults += self._faults_of_idle_options()
-        if faults:
-            raise UsageError("\n".join(f"FedMerge.{fault}" for fault in faults))
-
-    def _faults_of_official(self) -> list[str]:
-        faults = []
-        if self.num_models == 1:
-            faults.append("num_models: got 1 with rule='official', which divides by zero there; expected >= 2")
-        if self.initial not in (None, "independent"):
-            faults.append(f"initial: got {self.initial!r} with rule='official'; expected 'independent' or nothing")
-        if self.rows != "model":
-            faults.append(f"rows: got {self.rows!r} with rule='official'; expected 'model'")
-        return faults + [
-            f"{name}: got {getattr(self, name)!r} with rule='official', which has none; leave it out"
-            for name in ("momentum", "shrinkage")
-            if getattr(self, name)
-        ]
-
-    def _faults_of_idle_options(self) -> list[str]:
-        """Options that were set although nothing reads them."""
-        initial = self.initial or _BY_RULE[self.rule]["initial"]
-        splits, here = initial == "split" and self.num_models != 1, f"with initial={initial!r}"
-        groups = (
-            (("noise",), initial == "noise", here),
-            (("search_rounds", "lean"), splits, "with one model" if initial == "split" else here),
-            (("gate", "elbow", "floor", "max_models"), splits and self.num_models is None, "where d is given by hand"),
-        )
-        return [
-            f"{name}: got {getattr(self, name)!r}, which has no effect {why}; leave it out"
-            for names, used, why in groups
-            for name in names
-            if not used and getattr(self, name) != getattr(FedMerge, name)
-        ]
 
     # ---------------------------------------------------------------- server
 

@@ -33,7 +33,7 @@ class Result:
         setting: Key.
         label: Of the method.
         seed: Of the run.
-        stage: ``tuning`` or ``report``.
+        stage: ``tuning`` or ``report``; a tuning run keeps its validation accuracy only.
         method: Registered name.
         options: The method's own, resolved, with a ``training`` table.
         status: A diverged run has no scores.
@@ -136,7 +136,7 @@ def finished(ticket: Ticket, record: RunRecord) -> Result:
     found = None
     if record.groups is not None and selected.mixing is not None:
         found = recovery(np.array(selected.mixing), record.groups)
-    return Result(
+    result = Result(
         **dataclasses.asdict(ticket),
         method=record.method,
         options=dict(record.options),
@@ -162,6 +162,12 @@ def finished(ticket: Ticket, record: RunRecord) -> Result:
         recovery=found,
         data_sha256=record.data_sha256,
     )
+    return result if ticket.stage == "report" else without_test(result)
+
+
+def without_test(result: Result) -> Result:
+    """What a tuning run is kept for: its validation accuracy. Nothing that is not there can take part in a choice."""
+    return dataclasses.replace(result, validation_loss=(), test=(), test_loss=(), last_test=(), num_test=())
 
 
 def diverged(ticket: Ticket, config: Config, error: FedmergeError, method: str, seconds: float) -> Result:

@@ -10,7 +10,8 @@ from pathlib import Path
 from fedmerge.bench.page import CSV, FIGURES, PAGE, write_page
 from fedmerge.bench.runner import Outcome, Standing, run_suite
 from fedmerge.bench.store import LOCK, RUNS, read_results
-from fedmerge.bench.suite import Suite, narrowed, read_suite, suite_path
+from fedmerge.bench.suite import Suite, narrowed
+from fedmerge.bench.suite_file import read_suite, suite_path
 from fedmerge.bench.workers import failures_text
 from fedmerge.cli.screen import err, out
 from fedmerge.core.errors import FedmergeError, UsageError

@@ -24,7 +24,7 @@ from fedmerge.report.explain_text import (
     model_table,
     remarks,
 )
-from fedmerge.report.study import studies
+from fedmerge.report.study import studies, where_it_stopped
 
 
 def explain_run(options: argparse.Namespace) -> None:
@@ -63,7 +63,8 @@ def _print_clients(explanation: Explanation, names: list[str]) -> None:
 
 def _print_explanation(explanation: Explanation, *, with_clients: bool) -> None:
     out.print(explanation.run.setting, markup=False)
-    for sentence in (*remarks(explanation), gain_sentence(explanation), *group_sentences(explanation)):
+    stopped = where_it_stopped(explanation.run)
+    for sentence in (stopped, *remarks(explanation), gain_sentence(explanation), *group_sentences(explanation)):
         if sentence:
             out.print(sentence, markup=False, soft_wrap=False)
     tables = [group_table(explanation), model_table(explanation)]

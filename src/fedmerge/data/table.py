@@ -111,9 +111,18 @@ def align_columns(tables: Sequence[Table]) -> list[Table]:
         if (table.inputs.shape[1:], table.inputs.dtype) != (first.inputs.shape[1:], first.inputs.dtype):
             raise DataError(
                 f"{table.origin}: inputs are {table.inputs.dtype} {list(table.inputs.shape[1:])}; expected "
-                f"{first.inputs.dtype} {list(first.inputs.shape[1:])} as in {first.origin}"
+                f"{first.inputs.dtype} {list(first.inputs.shape[1:])} as in {first.origin}{_hint(first, table)}"
             )
     return [_reordered(table, first.columns) for table in tables]
+
+
+def _hint(first: Table, table: Table) -> str:
+    """How to mend images of another type."""
+    kinds = (first.inputs.dtype, table.inputs.dtype)
+    if first.inputs.ndim != 4 or np.uint8 not in kinds or kinds[0] == kinds[1]:
+        return ""
+    wanted = "whole numbers 0..255, (255 * x).round().astype('uint8') for x in 0..1"
+    return f"; give {wanted if kinds[0] == np.uint8 else 'the floats that those were made into, scaled alike'}"
 
 
 def _reordered(table: Table, columns: tuple[str, ...] | None) -> Table:

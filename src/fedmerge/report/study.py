@@ -187,9 +187,14 @@ def _paired(study: Study, label: str, seeds: Sequence[int]) -> Interval:
 
 def unfinished(study: Study) -> list[str]:
     """Runs that did not come to their end, and where their numbers stand."""
-    return [
+    return [words for words in map(where_it_stopped, study.all_runs()) if words]
+
+
+def where_it_stopped(run: RunRecord) -> str:
+    """Of a run that did not come to its end, and what its numbers are of; empty for one that did."""
+    if run.status == "finished":
+        return ""
+    return (
         f"{run.label}, seed {run.seed}, is {run.status} after {plural(run.rounds[-1].round, 'round')}: "
         f"its numbers are of round {run.selected().round}."
-        for run in study.all_runs()
-        if run.status != "finished"
-    ]
+    )
