@@ -98,9 +98,9 @@ def test_every_round_is_told() -> None:
 
 
 @pytest.mark.parametrize("method", ["fedavg", "local", {"name": "ifca", "num_models": 2}, "fedmerge"])
-@pytest.mark.parametrize("precision", ["float32", "float64"])
-def test_a_clients_model_predicts_as_the_record_says(method: Any, precision: str) -> None:
-    result = run(method=method, model=Net, rounds=3, precision=precision)
+@pytest.mark.parametrize("more", [{}, {"precision": "float64"}, {"keep": ["head"]}], ids=str)
+def test_a_clients_model_predicts_as_the_record_says(method: Any, more: dict[str, Any]) -> None:
+    result = run(method=method, model=Net, rounds=3, **more)
     reported = result.record.selected().test
     assert reported is not None
     for i, client in enumerate(result.outcome.setup.data.clients):
@@ -110,6 +110,17 @@ def test_a_clients_model_predicts_as_the_record_says(method: Any, precision: str
         assert float((outputs.argmax(1) == client.test.targets).double().mean()) == reported.accuracy[i]
         loss = float(nn.functional.cross_entropy(outputs, client.test.targets))
         assert loss == pytest.approx(reported.loss[i], rel=1e-5)
+
+
+def test_clients_keep_what_they_are_told_to_keep() -> None:
+    """The body travels, 64 · 16 + 16 numbers in float32; the output layers differ and are written beside the server."""
+    result = run(model=Net, rounds=2, keep=["head"])
+    first, second = result.client_model(0), result.client_model(1)
+    assert torch.equal(first.body.weight, second.body.weight)
+    assert not torch.equal(first.head.weight, second.head.weight)
+    assert result.record.last().bytes_down == 5 * 4 * (64 * 16 + 16)
+    with pytest.raises(fedmerge.FedmergeError, match="the clients of this run keep head"):
+        fedmerge.onboard(result, result.outcome.setup.data.clients[0].test)
 
 
 def test_a_clients_model_is_that_of_the_reported_round_not_of_the_last() -> None:

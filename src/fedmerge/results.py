@@ -48,7 +48,7 @@ class Run:
 
     def mixing(self) -> Tensor | None:
         """[N, d] merging weights of every client at the selected round; None for methods without them."""
-        return self.outcome.setup.algorithm.mixing(self.outcome.selected.state)
+        return self.outcome.setup.played.mixing(self.outcome.selected.state)
 
     def client_model(self, client: str | int) -> nn.Module:
         """The network that one client would deploy, ready to use, in evaluation mode.

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fedmerge.algorithms import ALGORITHMS
+from fedmerge.core.keeping import Keeping, keeping
 from fedmerge.core.options import option_fields
 from fedmerge.core.protocol import Algorithm, Federation, deliver, stack, state_tensors, take, tree_bytes, with_tensors
 from fedmerge.core.vector import layout_of
@@ -38,12 +39,21 @@ VARIANTS = [
     ("femam", {"rounds_per_level": 2}),
     ("fedsoft", {"estimate_every": 3}),
     ("flhc", {"warmup": 1, "metric": "cosine", "linkage": "average"}),
+    ("fedmerge", {"keep": ("head",), "num_models": 3}),
+    ("ifca", {"keep": ("0", "head")}),
+    ("ditto", {"keep": ("1",)}),
     ("one-shot", {"warmup": 4, "server_momentum": 0.5}),
 ]
 IDS = [name + ("" if not options else f"-{'-'.join(str(v) for v in options.values())}") for name, options in VARIANTS]
 
 
 def make(name, options):
+    options = dict(options)
+    kept = options.pop("keep", ())
+    return keeping(_made(name, options), LAYOUT, kept)
+
+
+def _made(name, options):
     if name not in ("fedmerge", "oracle") and "num_models" in option_fields(ALGORITHMS[name].cls):
         options = {"num_models": 3, **options}
     return ALGORITHMS[name].cls(**options)
@@ -233,4 +243,5 @@ def test_describes_itself_in_plain_values(algorithm):
     facts = algorithm.describe(play(algorithm)[0])
     assert "num_models" in facts
     assert all(isinstance(value, (int, float, bool, str)) for value in facts.values())
-    assert ALGORITHMS[ALGORITHMS.name_of(algorithm)].citation
+    method = algorithm.method if isinstance(algorithm, Keeping) else algorithm
+    assert ALGORITHMS[ALGORITHMS.name_of(method)].citation

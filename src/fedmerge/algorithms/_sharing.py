@@ -9,18 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from fedmerge.core.errors import UsageError
 from fedmerge.core.protocol import Batches, Cost, Draw, Federation, Task, Update
+from fedmerge.core.ranges import Ranges, gathered, placed, rest
 from fedmerge.core.sums import shares_of_examples, weighted_sum
 from fedmerge.core.vector import Layout
-
-Ranges = tuple[tuple[int, int], ...]
-"""Disjoint (start, stop), ascending."""
-
 
 Parts: TypeAlias = Federation | Layout
 """What the server and what a client knows of the vector: both have `num_trainable`, `head`, `layers` and `norms`."""
@@ -46,39 +42,7 @@ class Shared:
     values: Float[Tensor, " S"]
 
 
-# ---------------------------------------------------------------- ranges
-
-
-def rest(ranges: Ranges, length: int) -> Ranges:
-    """What `ranges` leave of 0..length.
-
-    >>> rest(((0, 2), (5, 6)), 8)
-    ((2, 5), (6, 8))
-    """
-    edges = [0, *(edge for span in ranges for edge in span), length]
-    return tuple((start, stop) for start, stop in zip(edges[::2], edges[1::2], strict=True) if start < stop)
-
-
-def gathered(vector: Float[Tensor, "*axes P"], ranges: Ranges) -> Float[Tensor, "*axes S"]:
-    """The entries in `ranges`, one after another."""
-    return torch.cat([vector[..., :0], *(vector[..., start:stop] for start, stop in ranges)], dim=-1)
-
-
-def placed(vector: Float[Tensor, " P"], part: Float[Tensor, " S"], ranges: Ranges) -> Float[Tensor, " P"]:
-    """`vector` with the entries in `ranges` replaced by `part`: the inverse of `gathered`."""
-    pieces, done, used = [], 0, 0
-    for start, stop in ranges:
-        pieces += [vector[done:start], part[used : used + stop - start]]
-        done, used = stop, used + stop - start
-    return torch.cat([*pieces, vector[done:]])
-
-
-def mask(ranges: Ranges, like: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-    """1 in `ranges`, 0 elsewhere."""
-    ones = torch.zeros(len(like), dtype=like.dtype, device=like.device)
-    for start, stop in ranges:
-        ones[start:stop] = 1
-    return ones
+# ---------------------------------------------------------------- which entries
 
 
 def first_of_last(parts: Parts, count: int | None, name: str) -> int:
@@ -96,7 +60,9 @@ def first_of_last(parts: Parts, count: int | None, name: str) -> int:
 
 
 def refuse_without_body(parts: Parts, name: str) -> None:
-    """Raises UsageError where the output layer is the whole network."""
+    """Raises UsageError where the output layer is the whole network, or no part of what the method sees."""
+    if parts.head[0] == parts.head[1]:
+        raise UsageError(f"{name}: the clients keep the output layer already (run option `keep`); use method fedavg")
     if parts.head[0] == 0:
         raise UsageError(
             f"{name}: the network is an output layer and nothing else; expected layers before it; "

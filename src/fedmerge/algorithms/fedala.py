@@ -15,6 +15,7 @@ from fedmerge.algorithms._registry import algorithm
 from fedmerge.core.errors import UsageError
 from fedmerge.core.options import check_options, option
 from fedmerge.core.protocol import Batch, Batches, Cost, Draw, Federation, Task, Update
+from fedmerge.core.ranges import mask
 from fedmerge.core.sums import shares_of_examples
 
 
@@ -102,7 +103,7 @@ class FedAla:
         self, down: Float[Tensor, " P"], local: Adapting, weights: Float[Tensor, " P"], task: Task
     ) -> Float[Tensor, " P"]:
         """Own + (received − own)·w in the last layers; all received before the client has a model of its own."""
-        last = _sharing.mask((self._last(task),), down)
+        last = mask((self._last(task),), down)
         return down + torch.where(local.joined, last * (1 - weights) * (local.model - down), 0)
 
     def _learnt(

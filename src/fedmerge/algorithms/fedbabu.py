@@ -12,6 +12,7 @@ from fedmerge.algorithms import _parts, _sharing
 from fedmerge.algorithms._registry import algorithm
 from fedmerge.core.options import check_options, option
 from fedmerge.core.protocol import Batches, Task, Update
+from fedmerge.core.ranges import Ranges, mask
 
 
 @algorithm("fedbabu", citation="Oh et al., ICLR 2022, arXiv:2106.06042")
@@ -30,7 +31,7 @@ class FedBabu:
     def __post_init__(self) -> None:
         check_options(self)
 
-    def stays(self, parts: _sharing.Parts, num_params: int) -> _sharing.Ranges:
+    def stays(self, parts: _sharing.Parts, num_params: int) -> Ranges:
         """The head."""
         _sharing.refuse_without_body(parts, "fedbabu")
         return (parts.head,)
@@ -65,6 +66,6 @@ def _train_part(
     if part == "all":
         return task.train(params, batches)
     trainable = params[: task.layout.num_trainable]
-    head = _sharing.mask((task.layout.head,), trainable)
+    head = mask((task.layout.head,), trainable)
     moving = head if part == "head" else 1 - head
     return task.train(params, _sharing.only(batches, moving))

@@ -10,6 +10,7 @@ from torch import Tensor
 from fedmerge.algorithms import _parts, _sharing
 from fedmerge.algorithms._registry import algorithm
 from fedmerge.core.protocol import Batches, Task, Update
+from fedmerge.core.ranges import Ranges
 
 
 @algorithm("fedbn", citation="Li et al., ICLR 2021, arXiv:2102.07623")
@@ -22,7 +23,7 @@ class FedBn:
     policy ``local`` the statistics stay as well, but not the scale and shift.
     """
 
-    def stays(self, parts: _sharing.Parts, num_params: int) -> _sharing.Ranges:
+    def stays(self, parts: _sharing.Parts, num_params: int) -> Ranges:
         """Parameters of normalisation layers, and the buffers."""
         return (*sorted(parts.norms), (parts.num_trainable, num_params))
 

@@ -15,6 +15,7 @@ from fedmerge.algorithms import _fedmerge_options, _parts
 from fedmerge.algorithms._registry import algorithm
 from fedmerge.core import mixing as rules
 from fedmerge.core import structure
+from fedmerge.core.errors import UsageError
 from fedmerge.core.options import check_options, option
 from fedmerge.core.protocol import Batches, Cost, Draw, Federation, Task, Update
 from fedmerge.core.shrinkage import shrunk_updates
@@ -148,6 +149,11 @@ class FedMerge:
     def _blocks(self, federation: Federation, P: int) -> tuple[Int[Tensor, "G 2"], Int[Tensor, "G 2"]]:
         """Ranges that share a row, and the trainable part of each; buffers follow the last block."""
         T, (head_start, head_stop) = federation.num_trainable, federation.head
+        if head_start == head_stop and (self.scope == "head" or self.rows == "body-head"):
+            raise UsageError(
+                "fedmerge: the clients keep the output layer (run option `keep`), which scope='head' and "
+                "rows='body-head' need; expected scope='all' and another `rows`"
+            )
         if self.rows == "model":
             scope = [(head_start, head_stop) if self.scope == "head" else (0, T)]
         elif self.rows == "body-head":

@@ -11,6 +11,7 @@ from fedmerge.algorithms import _parts, _sharing
 from fedmerge.algorithms._registry import algorithm
 from fedmerge.core.options import check_options, option
 from fedmerge.core.protocol import Batches, Task, Update
+from fedmerge.core.ranges import Ranges
 
 
 @algorithm("fedper", citation="Arivazhagan et al., arXiv:1912.00818")
@@ -30,7 +31,7 @@ class FedPer:
     def __post_init__(self) -> None:
         check_options(self)
 
-    def stays(self, parts: _sharing.Parts, num_params: int) -> _sharing.Ranges:
+    def stays(self, parts: _sharing.Parts, num_params: int) -> Ranges:
         """The last layers; the buffers too where no layer is shared."""
         first = _sharing.first_of_last(parts, self.personal_layers, "fedper.personal_layers")
         return ((first, parts.num_trainable if first else num_params),)

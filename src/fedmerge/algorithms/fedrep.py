@@ -13,6 +13,7 @@ from fedmerge.algorithms._registry import algorithm
 from fedmerge.core.errors import UsageError
 from fedmerge.core.options import check_options, option
 from fedmerge.core.protocol import Batches, Task, Update
+from fedmerge.core.ranges import Ranges, mask
 
 
 @algorithm("fedrep", citation="Collins et al., ICML 2021, arXiv:2102.07078")
@@ -39,7 +40,7 @@ class FedRep:
                 "nothing; set head_share = 0 or keep a layer"
             )
 
-    def stays(self, parts: _sharing.Parts, num_params: int) -> _sharing.Ranges:
+    def stays(self, parts: _sharing.Parts, num_params: int) -> Ranges:
         """The last layers; the buffers too where no layer is shared."""
         first = _sharing.first_of_last(parts, self.personal_layers, "fedrep.personal_layers")
         return ((first, parts.num_trainable if first else num_params),)
@@ -50,7 +51,7 @@ class FedRep:
         """First the head with the body fixed, then the body with the head fixed."""
         params = _sharing.completed(self, down, local, task)
         trainable = params[: task.layout.num_trainable]
-        head = _sharing.mask(((self.stays(task.layout, len(params))[0][0], len(trainable)),), trainable)
+        head = mask(((self.stays(task.layout, len(params))[0][0], len(trainable)),), trainable)
         real_steps = torch.stack([batch.lr > 0 for batch in batches]).sum()  # padding comes last
         head_steps = torch.floor(self.head_share * real_steps.double() + 0.5)
         steps = [

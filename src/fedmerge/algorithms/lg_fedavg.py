@@ -11,6 +11,7 @@ from fedmerge.algorithms import _parts, _sharing
 from fedmerge.algorithms._registry import algorithm
 from fedmerge.core.options import check_options, option
 from fedmerge.core.protocol import Batches, Task, Update
+from fedmerge.core.ranges import Ranges
 
 
 @algorithm("lg-fedavg", citation="Liang et al., arXiv:2001.01523")
@@ -28,7 +29,7 @@ class LgFedAvg:
     def __post_init__(self) -> None:
         check_options(self)
 
-    def stays(self, parts: _sharing.Parts, num_params: int) -> _sharing.Ranges:
+    def stays(self, parts: _sharing.Parts, num_params: int) -> Ranges:
         """All layers but the last; buffers belong to them."""
         first = _sharing.first_of_last(parts, self.shared_layers, "lg-fedavg.shared_layers")
         return ((0, first), (parts.num_trainable, num_params)) if first else ()

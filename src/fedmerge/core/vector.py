@@ -8,7 +8,7 @@ use. Tensors that a module holds under several names (tied weights) are there on
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import groupby, pairwise
 from typing import Literal
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fedmerge.core.errors import UsageError, unknown_name
+from fedmerge.core.ranges import Ranges, joined
 
 Role = Literal["trainable", "head", "buffer", "frozen"]
 _NORMALISING = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
@@ -83,9 +84,9 @@ class Layout:
 
     @property
     def head(self) -> tuple[int, int]:
-        """Range of the output layer."""
+        """Range of the output layer; empty, at T, in a layout without it."""
         slots = [slot for slot in self.slots if slot.role == "head"]
-        return slots[0].start, slots[-1].stop
+        return (slots[0].start, slots[-1].stop) if slots else (self.num_trainable, self.num_trainable)
 
     @property
     def head_bias(self) -> tuple[int, int] | None:
@@ -112,6 +113,35 @@ class Layout:
         """Whether every tensor can be a view of the vector."""
         return all(slot.dtype == self.dtype for slot in self.slots)
 
+    def below(self, modules: Iterable[str]) -> Ranges:
+        """Ranges of the trainable tensors of these sub-modules, neighbours joined; "head" is the output layer.
+
+        Raises:
+            UsageError: for a module that is not there or has nothing trainable.
+        """
+        found: list[tuple[int, int]] = []
+        for module in modules:
+            spans = [(slot.start, slot.stop) for slot in self.slots if self._is_below(slot, module)]
+            if not spans:
+                known = {part for slot in self.slots if slot.role != "buffer" for part in _modules_of(slot)}
+                raise UsageError(unknown_name("module with trainable parameters", module, {"head", *known}))
+            found += spans
+        return joined(sorted(set(found)))
+
+    def _is_below(self, slot: Slot, module: str) -> bool:
+        if slot.role == "buffer":
+            return False
+        return (module == "head" and slot.role == "head") or module in _modules_of(slot)
+
+    def without(self, ranges: Ranges) -> Layout:
+        """The layout of what is left of a vector without these ranges of whole tensors."""
+        slots, start = [], 0
+        for slot in self.slots:
+            if not any(first <= slot.start and slot.stop <= last for first, last in ranges):
+                slots.append(replace(slot, start=start, stop=start + slot.stop - slot.start))
+                start = slots[-1].stop
+        return replace(self, slots=tuple(slots))
+
     def views(self, vector: Float[Tensor, " n"]) -> dict[str, Tensor]:
         """The tensors by first name: views of the vector, or casts where a tensor has another dtype.
 
@@ -135,6 +165,12 @@ class Layout:
         with torch.no_grad():
             for name, value in self.views(vector).items():
                 own[name].copy_(value)
+
+
+def _modules_of(slot: Slot) -> set[str]:
+    """Every module that a tensor is below, by all its names."""
+    owners = [name.split(".")[:-1] for name in (slot.name, *slot.aliases)]
+    return {".".join(parts[: n + 1]) for parts in owners for n in range(len(parts))}
 
 
 def _channels_last(slot: Slot) -> bool:

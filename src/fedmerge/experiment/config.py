@@ -46,6 +46,9 @@ class RunOptions:
     precision: Literal["float32", "float64"] = option("float32", help="of inputs and parameters")
     head: str | None = option(None, help="sub-module that is the output layer; the last one with parameters by default")
     frozen: tuple[str, ...] = option((), help="sub-modules whose parameters are neither trained nor sent")
+    keep: tuple[str, ...] = option(
+        (), help="sub-modules whose parameters are trained and never leave their client; 'head' is the output layer"
+    )
 
     def __post_init__(self) -> None:
         check_options(self)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fedmerge.core.ensemble import Personal
 from fedmerge.core.errors import FedmergeError, UsageError
+from fedmerge.core.keeping import keeping
 from fedmerge.core.protocol import Algorithm, Batches, Federation
 from fedmerge.core.randomness import fresh_module_randomness, generator
 from fedmerge.core.vector import Layout, layout_of
@@ -46,6 +47,7 @@ class Setup:
 
     Attributes:
         algorithm: The method.
+        played: The method as it is played: on what clients do not keep.
         data: The clients, in the run's precision.
         module: The network, with the weights of draw 0.
         layout: Of the module.
@@ -56,6 +58,7 @@ class Setup:
     """
 
     algorithm: Algorithm[Any]
+    played: Algorithm[Any]
     data: FederatedData
     module: nn.Module
     layout: Layout
@@ -112,16 +115,17 @@ def prepare(
     engine = choose_engine(options.runtime, module, layout, descent, data)
     facts = federation_facts(data, layout)
     draw = drawer(model, data, options.seed, layout, dtype)
-    state = algorithm.init(draw, facts, options.seed)
+    played = keeping(algorithm, layout, options.keep)
+    state = played.init(draw, facts, options.seed)
     start = draw(0)
     N = len(data.clients)
     fleet = Fleet(
-        private=(algorithm.start(start),) * N,
+        private=(played.start(start),) * N,
         buffers=(start[layout.num_trainable :],) * N,
         policy=options.buffers,
         num_trainable=layout.num_trainable,
     )
-    setup = Setup(algorithm, data, module, layout, engine, training, options, facts)
+    setup = Setup(algorithm, played, data, module, layout, engine, training, options, facts)
     return setup, Progress(state, fleet, 0)
 
 
@@ -146,9 +150,9 @@ def advance(setup: Setup, progress: Progress) -> tuple[Progress, RoundRecord]:
         for i in cohort.tolist()
     ]
     num_examples = torch.tensor([clients[i].num_train for i in cohort.tolist()])
-    cost = setup.algorithm.cost(progress.state)
+    cost = setup.played.cost(progress.state)
     with fresh_module_randomness(options.seed, "dropout", number):
-        result = run_round(setup.algorithm, progress.state, progress.fleet, cohort, batches, num_examples, setup.engine)
+        result = run_round(setup.played, progress.state, progress.fleet, cohort, batches, num_examples, setup.engine)
     passed = sum(len(batch.targets) for steps in batches for batch in steps)
     record = RoundRecord(
         round=number,
@@ -158,7 +162,7 @@ def advance(setup: Setup, progress: Progress) -> tuple[Progress, RoundRecord]:
         bytes_up=result.bytes_up,
         forward=round(passed * (1 + cost.extra_forward)),
         backward=round(passed * (1 + cost.extra_backward)),
-        state=_described(setup.algorithm, result.state),
+        state=_described(setup.played, result.state),
     )
     return Progress(result.state, result.fleet, number), record
 
@@ -171,7 +175,7 @@ def models_now(setup: Setup, progress: Progress) -> list[Personal]:
     """The model that every client would use now."""
     training = setup.training
     passes = [one_pass(client.train, training.batch_size, training.lr) for client in setup.data.clients]
-    return personal_models(setup.algorithm, progress.state, progress.fleet, passes, setup.engine)
+    return personal_models(setup.played, progress.state, progress.fleet, passes, setup.engine)
 
 
 def first_record(setup: Setup, progress: Progress) -> RoundRecord:
@@ -184,7 +188,7 @@ def first_record(setup: Setup, progress: Progress) -> RoundRecord:
         bytes_up=0,
         forward=0,
         backward=0,
-        state=_described(setup.algorithm, progress.state),
+        state=_described(setup.played, progress.state),
     )
 
 
@@ -193,7 +197,7 @@ def evaluate(setup: Setup, progress: Progress, record: RoundRecord) -> RoundReco
     models = models_now(setup, progress)
     if setup.options.finetune_epochs:
         _vector(models[0])  # a run that cannot end is refused before its first round
-    weights = setup.algorithm.mixing(progress.state)
+    weights = setup.played.mixing(progress.state)
     return replace(
         record,
         validation=scores_of(setup, models, "validation"),

@@ -93,6 +93,7 @@ def server_of_outcome(outcome: Outcome) -> Server:
     """
     setup = outcome.setup
     serving = Serving(None, setup.training, setup.options, setup.data.form)
+    _refuse_kept_parts(serving)
     tensors = state_tensors(outcome.selected.state)
     return _server(tensors, setup.module, setup.layout, serving, outcome.record)
 
@@ -121,6 +122,7 @@ def server_of_folder(folder: Path, model: Any = None) -> Server:
     _refuse_without_models(state, record)
     config = _config_of(folder)
     serving = _serving_of(folder, config)
+    _refuse_kept_parts(serving)
     module = _module_of(serving, record, model, folder)
     layout = layout_of(module, head=serving.options.head, frozen=serving.options.frozen)
     if layout.num_params != record.num_params:
@@ -138,6 +140,15 @@ def _refuse_without_models(state: Mapping[str, Tensor], record: RunRecord) -> No
         raise UsageError(
             f"method {record.method!r} keeps no whole models on the server, so there is nothing to start a new client "
             "from; give a run of fedmerge, fedavg, ifca or another method with server models"
+        )
+
+
+def _refuse_kept_parts(serving: Serving) -> None:
+    kept = serving.options.keep
+    if kept:
+        raise UsageError(
+            f"the clients of this run keep {', '.join(kept)} (run option `keep`), which a new client does not have; "
+            "give a run without `keep`, or let the client take part in further rounds"
         )
 
 

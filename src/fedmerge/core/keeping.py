@@ -1,0 +1,207 @@
+"""Parts of the network that never leave their client, whatever the method: it sees the rest as if that were all.
+
+A client's own part is trained together with what it received and put in its place wherever its model is used. FedAvg
+whose clients keep the head is FedPer; any other method gets a personal part in the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from fedmerge.core.ensemble import Personal, members, with_members
+from fedmerge.core.errors import UsageError
+from fedmerge.core.protocol import Algorithm, Alter, Batch, Batches, Cost, Draw, Federation, Slope, Task
+from fedmerge.core.ranges import Ranges, gathered, rest, woven
+from fedmerge.core.vector import Layout
+
+
+class Kept(NamedTuple):
+    """What never leaves a client.
+
+    Attributes:
+        method: What the method itself keeps there.
+        own: [K] the client's own part of the network.
+    """
+
+    method: Any
+    own: Tensor
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """A method whose clients keep a part of the network.
+
+    Attributes:
+        method: Any.
+        whole: Layout of the network.
+        kept: Ranges of the vector that stay with the clients.
+    """
+
+    method: Algorithm[Any]
+    whole: Layout
+    kept: Ranges
+
+    @property
+    def travelling(self) -> Layout:
+        """Layout of what the method sees."""
+        return self.whole.without(self.kept)
+
+    def shared(self, params: Float[Tensor, " P"]) -> Float[Tensor, " S"]:
+        """What of a whole vector the method sees."""
+        return gathered(params, rest(self.kept, len(params)))
+
+    # ---------------------------------------------------------------- server
+
+    def init(self, draw: Draw, federation: Federation, seed: int) -> Any:
+        """The method's, on the travelling part."""
+        parts = self.travelling
+        facts = replace(
+            federation,
+            num_trainable=parts.num_trainable,
+            head=parts.head,
+            layers=parts.layers,
+            norms=parts.norms,
+            head_bias=parts.head_bias,
+        )
+        return self.method.init(lambda j: self.shared(draw(j)), facts, seed)
+
+    def send(self, state: Any, clients: Int[Tensor, " C"]) -> Any:
+        """The method's."""
+        return self.method.send(state, clients)
+
+    def receive(self, state: Any, clients: Int[Tensor, " C"], update: Any, num_examples: Int[Tensor, " C"]) -> Any:
+        """The method's."""
+        return self.method.receive(state, clients, update, num_examples)
+
+    def cost(self, state: Any) -> Cost:
+        """The method's."""
+        return self.method.cost(state)
+
+    def describe(self, state: Any) -> Mapping[str, Any]:
+        """The method's."""
+        return self.method.describe(state)
+
+    def mixing(self, state: Any) -> Float[Tensor, "N d"] | None:
+        """The method's."""
+        return self.method.mixing(state)
+
+    # ---------------------------------------------------------------- client
+
+    def start(self, params: Float[Tensor, " P"]) -> Kept:
+        """The client's own part begins as everybody's first draw."""
+        return Kept(self.method.start(self.shared(params)), gathered(params, self.kept))
+
+    def train(self, down: Any, local: Kept, batches: Batches, task: Task) -> tuple[Any, Kept]:
+        """The method's round; the client's own part is trained along and stays."""
+        own = _WithOwnPart(self, task, local.own)
+        reply, method = self.method.train(down, local.method, batches, own)
+        return reply, Kept(method, own.values)
+
+    def personal(self, down: Any, local: Kept, batches: Batches, task: Task) -> Personal:
+        """The method's model with the client's own part in its place."""
+        own = _WithOwnPart(self, task, local.own)
+        model = self.method.personal(down, local.method, batches, own)
+        return with_members(model, [own.completed(vector) for vector in members(model)])
+
+
+class _WithOwnPart:
+    """A task on the travelling part: completed for every pass, and trained along in every descent.
+
+    Where a method takes several slopes for one step, the last one moves the client's own part. A pull towards the
+    received model holds the own part where the round began.
+    """
+
+    def __init__(self, keeping: Keeping, task: Task, values: Float[Tensor, " K"]) -> None:
+        self._task, self._kept = task, keeping.kept
+        self.layout, self.losses = keeping.travelling, task.losses
+        self.values = values
+        self._slope = torch.zeros_like(values)
+
+    def completed(self, params: Float[Tensor, " S"]) -> Float[Tensor, " P"]:
+        """The whole vector."""
+        return woven(self.values, params, self._kept)
+
+    def _noted(self, slope: Slope) -> Slope:
+        """The slope on the travelling part; that on the client's own part is noted."""
+        self._slope = gathered(slope.gradient, self._kept)
+        return slope._replace(gradient=gathered(slope.gradient, rest(self._kept, len(slope.gradient))))
+
+    def gradient(self, params: Tensor, batch: Batch, offset: Tensor | None = None) -> Slope:
+        """As of the task, on the completed vector."""
+        return self._noted(self._task.gradient(self.completed(params), batch, offset))
+
+    def slope_through(self, params: Tensor, extra: Tensor, batch: Batch, alter: Alter) -> tuple[Slope, Tensor]:
+        """As of the task, on the completed vector."""
+        slope, slope_of_extra = self._task.slope_through(self.completed(params), extra, batch, alter)
+        return self._noted(slope), slope_of_extra
+
+    def features(self, params: Tensor, inputs: Tensor) -> Tensor:
+        """As of the task, on the completed vector."""
+        return self._task.features(self.completed(params), inputs)
+
+    def predict(self, params: Tensor, inputs: Tensor) -> Tensor:
+        """As of the task, on the completed vector."""
+        return self._task.predict(self.completed(params), inputs)
+
+    def loss(self, params: Tensor, batch: Batch) -> Tensor:
+        """As of the task, on the completed vector."""
+        return self._task.loss(self.completed(params), batch)
+
+    def train(self, params: Tensor, batches: Batches, *, pull: float = 0.0, towards: Tensor | None = None) -> Tensor:
+        """Local SGD over `batches`."""
+        return self.descend(params, batches, self.gradient, pull=pull, towards=towards)
+
+    def descend(
+        self,
+        params: Tensor,
+        batches: Batches,
+        gradient: Callable[[Tensor, Batch], Slope],
+        *,
+        pull: float = 0.0,
+        towards: Tensor | None = None,
+    ) -> Tensor:
+        """As of the task, on [own part, params] with the slope of both."""
+        size, centre = len(self.values), params if towards is None else towards
+
+        def of_both(both: Tensor, batch: Batch) -> Slope:
+            self.values = both[:size]
+            slope = gradient(both[size:], batch)
+            return slope._replace(gradient=torch.cat([self._slope, slope.gradient]))
+
+        both, middle = torch.cat([self.values, params]), torch.cat([self.values, centre])
+        steps = tuple(_with_rate_of_own(batch, size) for batch in batches)
+        after = self._task.descend(both, steps, of_both, pull=pull, towards=middle)
+        self.values = after[:size]
+        return after[size:]
+
+
+def _with_rate_of_own(batch: Batch, size: int) -> Batch:
+    """Where every entry has a rate, those of the own part get the largest."""
+    if batch.lr.ndim == 0:
+        return batch
+    return batch._replace(lr=torch.cat([batch.lr.amax().expand(size), batch.lr]))
+
+
+def keeping(method: Algorithm[Any], layout: Layout, modules: tuple[str, ...]) -> Algorithm[Any]:
+    """The method with these sub-modules kept by the clients; the method itself for none.
+
+    Args:
+        method: Any.
+        layout: Of the network.
+        modules: Names of sub-modules, or ``head`` for the output layer.
+
+    Raises:
+        UsageError: for a module that is not there or has nothing to train, and if nothing would be left to send.
+    """
+    if not modules:
+        return method
+    kept = layout.below(modules)
+    if sum(stop - start for start, stop in kept) == layout.num_trainable:
+        raise UsageError(f"keep: {', '.join(modules)} are the whole network: nothing would be sent; use method local")
+    return Keeping(method, layout, kept)
