@@ -11,7 +11,7 @@ from typing import Any, Literal
 from fedmerge.bench.result import Result
 from fedmerge.bench.suite import Setting, Suite, method_table
 from fedmerge.bench.tuning import Trial, Tuning, tune
-from fedmerge.experiment.config import Table, build_config, to_table
+from fedmerge.experiment.config import Table, build_config, method_options, to_table
 
 Stage = Literal["tuning", "report"]
 
@@ -28,6 +28,7 @@ class Run:
         table: Its configuration as asked for.
         request: Hash of that: finds results however defaults change later.
         key: Hash of the resolved configuration: a run with a result of this key need not be made again.
+        options: The method's own, resolved, with a ``training`` table, as a result holds them.
     """
 
     setting: str
@@ -37,6 +38,7 @@ class Run:
     table: Table
     request: str
     key: str
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def digest(protocol: int, table: Mapping[str, Any]) -> str:
@@ -72,10 +74,12 @@ class Planner:
         protocol, method = self.suite.protocol, self.suite.methods[label]
         table = method_table(setting.base, method, dict(trial.extra), setting.told) | {"seed": seed}
         table["training"] = {**table["training"], "lr": trial.rate}
-        resolved = to_table(build_config(table))
+        config = build_config(table)
+        resolved = to_table(config)
         stage: Stage = "tuning" if seed == protocol.tuning_seed else "report"
         number = protocol.protocol
-        return Run(setting.key, label, seed, stage, table, digest(number, table), digest(number, resolved))
+        request, key = digest(number, table), digest(number, resolved)
+        return Run(setting.key, label, seed, stage, table, request, key, method_options(config.method, config.training))
 
     def tuning(self, setting: Setting, label: str, find: Find) -> Tuning:
         """Where the choice of a method's rate and options on a setting stands."""

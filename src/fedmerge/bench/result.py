@@ -13,7 +13,7 @@ import numpy as np
 
 from fedmerge.core.errors import FedmergeError
 from fedmerge.core.options import build_options
-from fedmerge.experiment.config import Config, plain_options
+from fedmerge.experiment.config import Config, method_options
 from fedmerge.experiment.record import RunRecord, Scores, to_plain
 from fedmerge.experiment.store import versions
 from fedmerge.report.costs import costs
@@ -175,7 +175,7 @@ def diverged(ticket: Ticket, config: Config, error: FedmergeError, method: str, 
     return Result(
         **dataclasses.asdict(ticket),
         method=method,
-        options={**plain_options(config.method), "training": plain_options(config.training)},
+        options=method_options(config.method, config.training),
         status="diverged",
         message=str(error),
         versions=versions(),

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fedmerge.bench.known import Known
 from fedmerge.bench.plan import Planner, Run
 from fedmerge.bench.result import Result
 from fedmerge.bench.store import Store, open_store
@@ -79,7 +80,7 @@ def run_suite(
     with open_store(folder) as store:
         if begin is not None:
             begin()
-        work = _Work(Planner(suite), store, jobs, deadline, tell)
+        work = _Work(Planner(suite), store, jobs, deadline, tell, Known(store.by_key.values()))
         if next(work.planner.missing(work.find), None) is not None:
             with crew(jobs) as members:
                 work.work(members)
@@ -100,10 +101,11 @@ class _Work:
     jobs: int
     deadline: float | None
     tell: Tell | None
+    known: Known
     failures: dict[str, Failure] = field(default_factory=dict)
 
     def find(self, run: Run) -> Result | None:
-        return self.store.by_key.get(run.key)
+        return self.known.find(run)
 
     def work(self, members: Crew) -> None:
         """Until nothing is missing and nothing is in flight."""
@@ -115,6 +117,7 @@ class _Work:
                     self.failures[answer.run.key] = answer
                 else:
                     self.store.append(answer)
+                    self.known.add(answer)
             if ended:
                 self._hand_out(members)
                 self._report(members)

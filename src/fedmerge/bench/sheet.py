@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fedmerge.bench.known import Known
 from fedmerge.bench.plan import Find, Planner, Run
 from fedmerge.bench.result import Result, as_array, as_number
 from fedmerge.bench.suite import Setting, Suite
@@ -90,16 +91,15 @@ class Sheet:
 def sheets(suite: Suite, results: Iterable[Result]) -> tuple[Sheet, ...]:
     """Every setting with what there is of it.
 
-    A result is found by its resolved configuration, else by what was asked for, so that a page can still be written
-    after the package's defaults have changed; of equals the last counts.
+    A page can still be written after the package's defaults have changed: where no result is known to answer a run
+    (see `Known`), the last one that was asked for in the same words does.
     """
-    known = tuple(results)
-    by_key = {result.key: result for result in known}
-    by_request = {result.request: result for result in known}
+    made = tuple(results)
+    known, by_request = Known(made), {result.request: result for result in made}
     planner = Planner(suite)
 
     def find(run: Run) -> Result | None:
-        return by_key.get(run.key) or by_request.get(run.request)
+        return known.find(run) or by_request.get(run.request)
 
     return tuple(_sheet(planner, setting, find) for setting in suite.settings.values())
 

@@ -287,6 +287,11 @@ def plain_options(options: Any) -> Table:
     }
 
 
+def method_options(method: Any, training: LocalTraining) -> dict[str, Any]:
+    """A method's options, resolved, with a ``training`` table: what records and results say of a method."""
+    return {**plain_options(method), "training": plain_options(training)}
+
+
 def config_text(config: Config) -> str:
     """A configuration as TOML that `build_config` reads back to the same one."""
     return tomli_w.dumps(to_table(config))

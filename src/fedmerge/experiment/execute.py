@@ -10,7 +10,7 @@ from typing import Any
 
 from fedmerge.algorithms import ALGORITHMS
 from fedmerge.data import FederatedData
-from fedmerge.experiment.config import Config, RunOptions, plain_options
+from fedmerge.experiment.config import Config, RunOptions, method_options, plain_options
 from fedmerge.experiment.federation import load_data
 from fedmerge.experiment.record import RoundRecord, RunRecord, Status, append_round, select, write_run
 from fedmerge.experiment.serving import write_serving
@@ -160,7 +160,7 @@ def _new_record(setup: Setup, data: FederatedData, model: Any, label: str) -> Ru
     return RunRecord(
         label=label,
         method=ALGORITHMS.name_of(setup.algorithm),
-        options={**plain_options(setup.algorithm), "training": plain_options(setup.training)},
+        options=method_options(setup.algorithm, setup.training),
         seed=setup.options.seed,
         status="running",
         client_names=tuple(client.name for client in data.clients),
