@@ -1,0 +1,48 @@
+"""The committed results of the full benchmark are whole, belong to the suite of today, and give the committed page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fedmerge.bench.known import Known
+from fedmerge.bench.page import CSV, PAGE, write_page
+from fedmerge.bench.plan import Planner
+from fedmerge.bench.result import Result
+from fedmerge.bench.store import read_results
+from fedmerge.bench.suite import Suite
+from fedmerge.bench.suite_file import read_suite, suite_path
+
+FOLDER = Path(__file__).parents[2] / "benchmarks" / "results" / "full"
+
+
+@pytest.fixture(scope="module")
+def suite() -> Suite:
+    return read_suite("full")
+
+
+@pytest.fixture(scope="module")
+def results() -> tuple[Result, ...]:
+    return read_results(FOLDER)
+
+
+def test_they_were_asked_for_by_the_suite_of_today() -> None:
+    assert (FOLDER / "suite.toml").read_text(encoding="utf-8") == suite_path("full").read_text(encoding="utf-8")
+
+
+def test_no_run_is_missing(suite: Suite, results: tuple[Result, ...]) -> None:
+    left = Planner(suite).left(Known(results).find)
+    assert {setting: count for setting, count in left.items() if count} == {}
+
+
+def test_tuning_runs_hold_no_test_scores(results: tuple[Result, ...]) -> None:
+    assert not [result.label for result in results if result.stage == "tuning" and (result.test or result.last_test)]
+
+
+def test_the_page_is_made_from_them(suite: Suite, results: tuple[Result, ...], tmp_path: Path) -> None:
+    write_page(suite, results, tmp_path)
+    for name in (PAGE, CSV):
+        assert (tmp_path / name).read_text(encoding="utf-8") == (FOLDER / name).read_text(encoding="utf-8")
+    drawn = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert drawn == {path.name for path in (FOLDER / "figures").iterdir()}
