@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -47,7 +48,7 @@ class Keeping:
     whole: Layout
     kept: Ranges
 
-    @property
+    @cached_property
     def travelling(self) -> Layout:
         """Layout of what the method sees."""
         return self.whole.without(self.kept)
