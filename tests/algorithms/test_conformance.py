@@ -17,6 +17,7 @@ from fedmerge.core.vector import layout_of
 from fedmerge.data.federated import Examples
 from fedmerge.runtime import Fleet, Sequential, Vectorised, personal_models, run_round, score
 from fedmerge.training import Descent, LocalTraining, draw_batches, one_pass
+from small_federation import small
 
 N = 9
 SIZES = [6, 7, 9, 6, 12, 8, 6, 10, 7]  # unequal on purpose: padding and buckets are exercised
@@ -41,7 +42,7 @@ VARIANTS = [
     ("flhc", {"warmup": 1, "metric": "cosine", "linkage": "average"}),
     ("fedmerge", {"keep": ("head",), "num_models": 3}),
     ("ifca", {"keep": ("0", "head")}),
-    ("ditto", {"keep": ("1",)}),
+    ("scaffold", {"keep": ("1",)}),
     ("one-shot", {"warmup": 4, "server_momentum": 0.5}),
 ]
 IDS = [name + ("" if not options else f"-{'-'.join(str(v) for v in options.values())}") for name, options in VARIANTS]
@@ -173,6 +174,16 @@ def test_vectorised_equals_sequential(algorithm):
     ours = personal_models(algorithm, state, fleet, passes(), engine())
     theirs = personal_models(algorithm, mapped, mapped_fleet, passes(), engine(Vectorised))
     same_models(ours, theirs, **CLOSE)
+
+
+def test_vectorised_equals_sequential_on_a_perceptron(algorithm):
+    """Its gradient has a closed form of its own in the vectorised engine."""
+    if isinstance(algorithm, Keeping):
+        algorithm = keeping(algorithm.method, small().layout, ("head",))
+    (state, fleet), (mapped, mapped_fleet) = (small().play(algorithm, 4, kind) for kind in (Sequential, Vectorised))
+    same(state, mapped, **CLOSE)
+    for ours, theirs in zip(tree_leaves(list(fleet.private)), tree_leaves(list(mapped_fleet.private)), strict=True):
+        torch.testing.assert_close(ours, theirs, **CLOSE)
 
 
 def test_same_inputs_give_the_same_bits(algorithm):

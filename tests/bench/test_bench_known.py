@@ -43,6 +43,15 @@ def test_a_result_of_an_earlier_package_answers_if_its_options_still_hold(
     assert (Known([earlier]).find(RUN) is earlier) == answers
 
 
+def test_a_tuning_run_answers_no_report() -> None:
+    """A suite may come to report the seed that it once tuned on; what was kept of that run has no test scores."""
+    tuned = replace(made_up(RUN, [0.1]), stage="tuning")
+    assert Known([tuned]).find(RUN) is None
+    assert Known([tuned]).find(replace(RUN, stage="tuning")) is tuned
+    reported = made_up(RUN, [0.1])
+    assert Known([reported]).find(replace(RUN, stage="tuning")) is reported
+
+
 def test_other_words_are_another_run() -> None:
     other = PLANNER.run(PLANNER.suite.settings["turned"], "ifca", 0, Trial(0.3))
     assert Known([made_up(RUN, [0.1])]).find(other) is None

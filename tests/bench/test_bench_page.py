@@ -113,6 +113,16 @@ def test_results_are_found_after_defaults_changed(tmp_path: Path) -> None:
     assert "All 21 reported runs are here." in page_of(tmp_path, results)
 
 
+@pytest.mark.parametrize(("now", "told"), [({"d": 1, "new": 0}, False), ({"d": 2}, True)])
+def test_seeds_with_other_values_are_told_but_not_new_options(tmp_path: Path, now: dict[str, int], told: bool) -> None:
+    def make(run: Run) -> Result:
+        return made_up(run, [0.5], options=now if run.seed == 2 else {"d": 1})
+
+    assert (
+        "Seeds with different options, because defaults changed" in page_of(tmp_path, filled(suite(), make))
+    ) == told
+
+
 def test_a_new_method_in_the_suite_leaves_the_old_results_where_they_are(tmp_path: Path) -> None:
     more = {**table()["methods"], "fedprox": {"name": "fedprox"}}
     page = page_of(tmp_path, filled(suite(), steady), methods=more)

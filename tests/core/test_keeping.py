@@ -6,7 +6,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
+from fedmerge.algorithms import ALGORITHMS
 from fedmerge.algorithms.fedavg import FedAvg
 from fedmerge.algorithms.fedbabu import FedBabu
 from fedmerge.algorithms.fedmerge import FedMerge
@@ -18,6 +20,7 @@ from fedmerge.core.errors import UsageError
 from fedmerge.core.keeping import Keeping, keeping
 from fedmerge.core.protocol import tree_bytes
 from fedmerge.core.ranges import gathered, rest, woven
+from fedmerge.core.vector import layout_of
 from fedmerge.runtime import Vectorised, personal_models, run_round
 from fedmerge.training import Descent, one_pass
 from small_federation import small
@@ -117,6 +120,24 @@ def test_what_cannot_be_kept_is_refused(modules, message):
 def test_methods_that_need_the_head_are_refused_where_clients_keep_it(method, message):
     with pytest.raises(UsageError, match=message):
         FEDERATION.begin(with_kept(method, "head"))
+
+
+@pytest.mark.parametrize("name", ["apfl", "ditto", "fedala", "fedem", "femam", "gated-mixture", "per-fedavg", "pfedme"])
+def test_methods_whose_clients_train_several_networks_are_refused(name):
+    with pytest.raises(
+        UsageError, match="train several networks in a round, and which of them would have the kept part"
+    ):
+        with_kept(ALGORITHMS[name].cls(), "head")
+
+
+def test_what_is_left_of_a_head_is_no_head():
+    """A head of two layers of which the clients keep the second: the first must not pass for an output layer."""
+    module = nn.Sequential()
+    module.add_module("body", nn.Linear(5, 6))
+    module.add_module("classifier", nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3)))
+    whole = layout_of(module, head="classifier")
+    left = whole.without(whole.below(["classifier.2"]))
+    assert (left.num_params, left.head, left.head_bias) == (36 + 28, (64, 64), None)
 
 
 def test_the_travelling_layout_is_that_of_a_network_without_the_kept_part():

@@ -27,6 +27,22 @@ def tied():
     return module
 
 
+def with_buffer():
+    module = nn.Sequential(nn.Linear(3, 2))
+    module.register_buffer("mean", torch.zeros(3))
+    return module
+
+
+def twice():
+    layer = nn.Linear(3, 3)
+    return nn.Sequential(layer, nn.ReLU(), layer)
+
+
+def one_relu_twice():
+    relu = nn.ReLU()
+    return nn.Sequential(nn.Linear(3, 4), relu, nn.Linear(4, 4), relu, nn.Linear(4, 2))
+
+
 def frozen():
     module = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2))
     module[0].requires_grad_(False)
@@ -41,12 +57,15 @@ CHAINS = {
     "linear": lambda: nn.Sequential(nn.Linear(3, 2)),
     "flattened": lambda: nn.Sequential(nn.Flatten(), nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3)),
     "without bias": lambda: nn.Sequential(nn.Linear(3, 4, bias=False), nn.ReLU(), nn.Linear(4, 2, bias=False)),
+    "one ReLU in two places": one_relu_twice,
     "two linear layers in a row": lambda: nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)),
 }
 OTHERS = {
     "not plain": lambda: Watched(nn.Linear(3, 2)),
     "hook": hooked,
     "tied": tied,
+    "one layer in two places": twice,
+    "buffer": with_buffer,
     "frozen": frozen,
     "mixed dtypes": mixed,
     "tanh": lambda: nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2)),

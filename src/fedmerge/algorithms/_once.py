@@ -9,11 +9,9 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.functional import one_hot
 
 from fedmerge.algorithms import _clusters, _parts
 from fedmerge.core.protocol import Cost, Draw, Federation, Update
-from fedmerge.core.soup import shares
 
 Grouping = Callable[[Float[Tensor, "n T"]], Int[Tensor, " n"]]
 """Group number, from 0, of each update."""
@@ -85,12 +83,12 @@ def averaged(
     update: Update,
     num_examples: Int[Tensor, " C"],
     *,
-    momentum: float = 0.0,
+    momentum: float,
 ) -> Groups:
     """FedAvg inside the groups, or over all as long as there are none."""
     labels = state.assigned[clients].clamp_min(0)
-    share = shares(one_hot(labels, len(state.averages.models)).double(), num_examples)
-    return replace(state, averages=_parts.averaged(state.averages, share, update, momentum=momentum))
+    step = _clusters.means_within(labels, len(state.averages.models), update.delta, num_examples)
+    return replace(state, averages=_parts.moved(state.averages, step, lr=1.0, momentum=momentum))
 
 
 def send(self: Any, state: Groups, clients: Int[Tensor, " C"]) -> Float[Tensor, "C P"]:

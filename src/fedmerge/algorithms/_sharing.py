@@ -65,8 +65,8 @@ def refuse_without_body(parts: Parts, name: str) -> None:
         raise UsageError(f"{name}: the clients keep the output layer already (run option `keep`); use method fedavg")
     if parts.head[0] == 0:
         raise UsageError(
-            f"{name}: the network is an output layer and nothing else; expected layers before it; "
-            "use a deeper network, or method fedavg or local"
+            f"{name}: the network, or what clients do not keep of it, is an output layer and nothing else; "
+            "expected layers before it; use a deeper network, or method fedavg or local"
         )
 
 

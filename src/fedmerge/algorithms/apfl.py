@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -44,6 +44,8 @@ class Apfl:
     the authors' code once a round. With a fixed α of 0 and the received w everyone has the common model of FedAvg, and
     with one of 1, where everyone takes part, the models are those of Local.
     """
+
+    trains_several: ClassVar[bool] = True
 
     weight: float = option(0.5, at_least=0, at_most=1, help="share of the own part at first, alpha in the paper")
     adaptive: bool = option(False, help="whether the share follows its slope at every step")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from jaxtyping import Float
 from torch import Tensor
@@ -23,6 +24,8 @@ class Ditto:
     same batches, which doubles the computation. The common part is FedAvg; with proximal = 0 and everyone taking part
     the own models are those of Local.
     """
+
+    trains_several: ClassVar[bool] = True
 
     proximal: float = option(0.1, at_least=0, help="pull of the own model towards the common one, lambda in the paper")
     server_lr: float = option(1.0, above=0, help="server step on the averaged update")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -48,6 +48,8 @@ class FedAla:
     their number. The simulation computes the first passes in every round (later ones without effect), so it takes
     longer than `cost` says. With BatchNorm under the buffer policy ``local``, learning w moves the statistics too.
     """
+
+    trains_several: ClassVar[bool] = True
 
     layers: int = option(1, at_least=0, help="last layers that are merged with the client's own, p in the paper")
     ala_lr: float = option(10.0, at_least=0, help="rate of the merging weights, eta in the paper")

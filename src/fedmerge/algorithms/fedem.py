@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -38,6 +38,8 @@ class FedEm:
     with the mixture of all components. With num_models = 1 it is FedAvg. Components start from different draws; π of
     a client that has not taken part is uniform.
     """
+
+    trains_several: ClassVar[bool] = True
 
     num_models: int = option(3, at_least=1, help="number of components; this method must be told")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -73,6 +73,8 @@ class FeMam:
     output layer in every round, which needs all clients; and a client drops a level that does not lower its
     validation loss. Finished levels travel in every round, as a client that missed one would not have them.
     """
+
+    trains_several: ClassVar[bool] = True
 
     num_models: int = option(5, at_least=1, help="clusters of the second level; this method must be told")
     levels: Literal[1, 2, 3] = option(3, help="1: global only; 2: and clusters; 3: and a private model")

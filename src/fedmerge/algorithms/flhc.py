@@ -70,7 +70,7 @@ class Flhc:
         heard = int((state.heard > 0).sum())
         if not len(state.centres) and int(state.rounds) > self.warmup and heard >= (self.num_models or 1):
             state = _once.grouped(state, self._groups)
-        return _once.averaged(state, clients, update, num_examples)
+        return _once.averaged(state, clients, update, num_examples, momentum=self.server_momentum)
 
     def _groups(self, updates: Float[Tensor, "n T"]) -> Int[Tensor, " n"]:
         from scipy.cluster.hierarchy import fcluster, linkage  # noqa: PLC0415 - only the server needs scipy, once

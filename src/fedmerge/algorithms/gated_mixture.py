@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -45,6 +45,8 @@ class GatedMixture:
     private state was made: the gate is kept in a vector as long as the model, which must have more than F entries.
     The probabilities of the two models during training are those of evaluation mode.
     """
+
+    trains_several: ClassVar[bool] = True
 
     gate_lr: float = option(3.0, at_least=0, help="learning rate of the gate, in units of the run's")
     gate_bias: float = option(0.0, help="bias of the gate at the start: 0 gives both models the same weight")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -29,6 +29,8 @@ class PerFedAvg:
     (of the first step, its own), so that no step of the budget is lost; the Hessian is that of the first batch. The
     difference of slopes is taken over a distance `difference`, in the paper over `difference` times the length of v.
     """
+
+    trains_several: ClassVar[bool] = True
 
     variant: Literal["first-order", "hessian-free"] = option("first-order", help="whether second derivatives count")
     inner_lr: float = option(0.1, at_least=0, help="rate of the step to the personal model, alpha in the paper")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -30,6 +31,8 @@ class PFedMe:
     ``lr · inner_rate · proximal`` well below 2. With inner_steps = 1, inner_rate = 1 and ``lr · proximal = 1`` it
     sends what FedAvg sends.
     """
+
+    trains_several: ClassVar[bool] = True
 
     proximal: float = option(2.0, above=0, help="pull between θ and w, lambda in the paper (with the factor 1/2)")
     inner_steps: int = option(5, at_least=1, help="steps on one batch towards the personal model, K in the paper")

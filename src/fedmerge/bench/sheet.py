@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from fedmerge.bench.known import Known
+from fedmerge.bench.known import Known, answers, is_part_of
 from fedmerge.bench.plan import Find, Planner, Run
 from fedmerge.bench.result import Result, as_array, as_number
 from fedmerge.bench.suite import Setting, Suite
@@ -99,7 +100,8 @@ def sheets(suite: Suite, results: Iterable[Result]) -> tuple[Sheet, ...]:
     planner = Planner(suite)
 
     def find(run: Run) -> Result | None:
-        return known.find(run) or by_request.get(run.request)
+        asked = by_request.get(run.request)
+        return known.find(run) or (asked if asked is not None and answers(asked, run) else None)
 
     return tuple(_sheet(planner, setting, find) for setting in suite.settings.values())
 
@@ -155,8 +157,13 @@ def inconsistent(sheet: Sheet) -> list[str]:
     return [
         label
         for label, runs in sheet.results.items()
-        if any(result.options != next(iter(runs.values())).options for result in runs.values())
+        if any(not _alike(result.options, next(iter(runs.values())).options) for result in runs.values())
     ]
+
+
+def _alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Equal but for options that one of two versions of the package did not know."""
+    return is_part_of(one, other) or is_part_of(other, one)
 
 
 def average(results: Iterable[Result], name: str) -> float:

@@ -1,7 +1,8 @@
 """Parts of the network that never leave their client, whatever the method: it sees the rest as if that were all.
 
 A client's own part is trained together with what it received and put in its place wherever its model is used. FedAvg
-whose clients keep the head is FedPer; any other method gets a personal part in the same way.
+whose clients keep the head is FedPer; any other method gets a personal part in the same way, if its clients train one
+network in a round. Buffers follow the run's policy for buffers wherever they belong.
 """
 
 from __future__ import annotations
@@ -114,8 +115,7 @@ class Keeping:
 class _WithOwnPart:
     """A task on the travelling part: completed for every pass, and trained along in every descent.
 
-    Where a method takes several slopes for one step, the last one moves the client's own part. A pull towards the
-    received model holds the own part where the round began.
+    A pull towards the received model holds the own part where that descent began.
     """
 
     def __init__(self, keeping: Keeping, task: Task, values: Float[Tensor, " K"]) -> None:
@@ -198,10 +198,16 @@ def keeping(method: Algorithm[Any], layout: Layout, modules: tuple[str, ...]) ->
         modules: Names of sub-modules, or ``head`` for the output layer.
 
     Raises:
-        UsageError: for a module that is not there or has nothing to train, and if nothing would be left to send.
+        UsageError: for a module that is not there or has nothing to train, if nothing would be left to send, and for
+            a method that says ``trains_several``.
     """
     if not modules:
         return method
+    if getattr(method, "trains_several", False):
+        raise UsageError(
+            f"keep: clients of {type(method).__name__} train several networks in a round, and which of them would have "
+            "the kept part is not defined; leave `keep` out, or use a method whose clients train one"
+        )
     kept = layout.below(modules)
     if sum(stop - start for start, stop in kept) == layout.num_trainable:
         raise UsageError(f"keep: {', '.join(modules)} are the whole network: nothing would be sent; use method local")

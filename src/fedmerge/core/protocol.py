@@ -187,6 +187,7 @@ class Algorithm(Protocol[StateT]):
 
     Server: ``init``, ``send``, ``receive``, ``cost``, ``describe``, ``mixing``. Client: ``start``, ``train``,
     ``personal``. `State` is a frozen dataclass of tensors; `Local`, which never leaves its client, any tree of tensors.
+    A method whose clients train several vectors of the network in a round says so: ``trains_several: ClassVar = True``.
     """
 
     def init(self, draw: Draw, federation: Federation, seed: int) -> StateT:

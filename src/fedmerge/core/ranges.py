@@ -42,11 +42,7 @@ def gathered(vector: Float[Tensor, "*axes P"], ranges: Ranges) -> Float[Tensor, 
 
 def placed(vector: Float[Tensor, " P"], part: Float[Tensor, " S"], ranges: Ranges) -> Float[Tensor, " P"]:
     """`vector` with the entries in `ranges` replaced by `part`: the inverse of `gathered`."""
-    pieces, done, used = [], 0, 0
-    for start, stop in ranges:
-        pieces += [vector[done:start], part[used : used + stop - start]]
-        done, used = stop, used + stop - start
-    return torch.cat([*pieces, vector[done:]])
+    return woven(part, gathered(vector, rest(ranges, len(vector))), ranges)
 
 
 def woven(part: Float[Tensor, " S"], others: Float[Tensor, " R"], ranges: Ranges) -> Float[Tensor, " P"]:

@@ -134,12 +134,16 @@ class Layout:
         return (module == "head" and slot.role == "head") or module in _modules_of(slot)
 
     def without(self, ranges: Ranges) -> Layout:
-        """The layout of what is left of a vector without these ranges of whole tensors."""
+        """The layout of what is left of a vector without these ranges of whole tensors; half a head is no head."""
+        left = [
+            slot for slot in self.slots if not any(first <= slot.start and slot.stop <= last for first, last in ranges)
+        ]
+        whole = sum(slot.role == "head" for slot in left) == sum(slot.role == "head" for slot in self.slots)
         slots, start = [], 0
-        for slot in self.slots:
-            if not any(first <= slot.start and slot.stop <= last for first, last in ranges):
-                slots.append(replace(slot, start=start, stop=start + slot.stop - slot.start))
-                start = slots[-1].stop
+        for slot in left:
+            role: Role = slot.role if whole or slot.role != "head" else "trainable"
+            slots.append(replace(slot, role=role, start=start, stop=start + slot.stop - slot.start))
+            start = slots[-1].stop
         return replace(self, slots=tuple(slots))
 
     def views(self, vector: Float[Tensor, " n"]) -> dict[str, Tensor]:

@@ -53,13 +53,16 @@ class Chain:
 def chain_of(module: nn.Module, layout: Layout) -> Chain | None:
     """The linear layers of a plain `nn.Sequential` of Flatten, Linear and ReLU; None for any other network.
 
-    Also None where a layer is frozen, shares a tensor with another, has another dtype, or carries a hook.
+    Also None where a layer is frozen, shares a tensor with another, has another dtype or carries a hook, and where the
+    network has buffers.
     """
     if type(module) is not nn.Sequential or not layout.has_uniform_dtype or _is_watched(module):
         return None
+    if layout.num_params > layout.num_trainable:
+        return None
     links: list[Link] = []
     flattens = False
-    for name, part in module.named_children():
+    for name, part in module._modules.items():  # unlike named_children, a module that stands there twice comes twice
         if type(part) is nn.Linear:
             links.append(Link(f"{name}.weight", None if part.bias is None else f"{name}.bias", relu=False))
         elif type(part) is nn.ReLU and links and not links[-1].relu:
