@@ -46,3 +46,12 @@ def test_the_page_is_made_from_them(suite: Suite, results: tuple[Result, ...], t
         assert (tmp_path / name).read_text(encoding="utf-8") == (FOLDER / name).read_text(encoding="utf-8")
     drawn = {path.name for path in (tmp_path / "figures").iterdir()}
     assert drawn == {path.name for path in (FOLDER / "figures").iterdir()}
+
+
+def test_every_method_saw_the_same_data(results: tuple[Result, ...]) -> None:
+    """Turning images by odd angles interpolates, so that another processor may give other last bits: made on one."""
+    seen: dict[tuple[str, int], set[str]] = {}
+    for result in results:
+        if result.status == "finished":
+            seen.setdefault((result.setting, result.seed), set()).add(result.data_sha256)
+    assert [place for place, hashes in seen.items() if len(hashes) > 1] == []
