@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -33,9 +32,9 @@ def fresh(models: Float[Tensor, "d P"], num_trainable: int) -> Models:
     return Models(models, torch.zeros_like(models[:, :num_trainable]))
 
 
-def copies(state: Models, which: Sequence[int]) -> Models:
+def copies(state: Models, which: list[int]) -> Models:
     """The models of these numbers, each with its velocity."""
-    return Models(state.models[list(which)], state.velocity[list(which)])
+    return Models(state.models[which], state.velocity[which])
 
 
 def moved(state: Models, step: Float[Tensor, "d P"], *, lr: float, momentum: float) -> Models:

@@ -38,7 +38,7 @@ class Run:
     table: Table
     request: str
     key: str
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any]
 
 
 def digest(protocol: int, table: Mapping[str, Any]) -> str:

@@ -16,9 +16,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fedmerge.core import completing
 from fedmerge.core.ensemble import Personal, members, with_members
 from fedmerge.core.errors import UsageError
-from fedmerge.core.protocol import Algorithm, Alter, Batch, Batches, Cost, Draw, Federation, Slope, Task
+from fedmerge.core.protocol import Algorithm, Batch, Batches, Cost, Draw, Federation, Slope, Task
 from fedmerge.core.ranges import Ranges, gathered, rest, woven
 from fedmerge.core.vector import Layout
 
@@ -109,7 +110,7 @@ class Keeping:
         """The method's model with the client's own part in its place."""
         own = _WithOwnPart(self, task, local.own)
         model = self.method.personal(down, local.method, batches, own)
-        return with_members(model, [own.completed(vector) for vector in members(model)])
+        return with_members(model, [own._completed(vector) for vector in members(model)])
 
 
 class _WithOwnPart:
@@ -124,35 +125,14 @@ class _WithOwnPart:
         self.values = values
         self._slope = torch.zeros_like(values)
 
-    def completed(self, params: Float[Tensor, " S"]) -> Float[Tensor, " P"]:
+    def _completed(self, params: Float[Tensor, " S"]) -> Float[Tensor, " P"]:
         """The whole vector."""
         return woven(self.values, params, self._kept)
 
-    def _noted(self, slope: Slope) -> Slope:
+    def _noted(self, slope: Slope, params: Tensor) -> Slope:  # noqa: ARG002
         """The slope on the travelling part; that on the client's own part is noted."""
         self._slope = gathered(slope.gradient, self._kept)
         return slope._replace(gradient=gathered(slope.gradient, rest(self._kept, len(slope.gradient))))
-
-    def gradient(self, params: Tensor, batch: Batch, offset: Tensor | None = None) -> Slope:
-        """As of the task, on the completed vector."""
-        return self._noted(self._task.gradient(self.completed(params), batch, offset))
-
-    def slope_through(self, params: Tensor, extra: Tensor, batch: Batch, alter: Alter) -> tuple[Slope, Tensor]:
-        """As of the task, on the completed vector."""
-        slope, slope_of_extra = self._task.slope_through(self.completed(params), extra, batch, alter)
-        return self._noted(slope), slope_of_extra
-
-    def features(self, params: Tensor, inputs: Tensor) -> Tensor:
-        """As of the task, on the completed vector."""
-        return self._task.features(self.completed(params), inputs)
-
-    def predict(self, params: Tensor, inputs: Tensor) -> Tensor:
-        """As of the task, on the completed vector."""
-        return self._task.predict(self.completed(params), inputs)
-
-    def loss(self, params: Tensor, batch: Batch) -> Tensor:
-        """As of the task, on the completed vector."""
-        return self._task.loss(self.completed(params), batch)
 
     def train(self, params: Tensor, batches: Batches, *, pull: float = 0.0, towards: Tensor | None = None) -> Tensor:
         """Local SGD over `batches`."""
@@ -180,6 +160,12 @@ class _WithOwnPart:
         after = self._task.descend(both, steps, of_both, pull=pull, towards=middle)
         self.values = after[:size]
         return after[size:]
+
+    gradient = completing.gradient
+    slope_through = completing.slope_through
+    features = completing.features
+    predict = completing.predict
+    loss = completing.loss
 
 
 def _with_rate_of_own(batch: Batch, size: int) -> Batch:

@@ -10,8 +10,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from fedmerge.core import completing
 from fedmerge.core.ensemble import Personal, members, with_members
-from fedmerge.core.protocol import Algorithm, Alter, Batch, Batches, Slope, Task, deliver, stack, take, tree_bytes
+from fedmerge.core.protocol import Algorithm, Batch, Batches, Slope, Task, deliver, stack, take, tree_bytes
 from fedmerge.runtime.engines import Engine
 from fedmerge.training.scores import Tally, tally
 
@@ -116,33 +117,12 @@ class _OwnBuffers:
         self.layout, self.losses = task.layout, task.losses
         self.buffers = buffers
 
-    def _own(self, params: Tensor) -> Tensor:
+    def _completed(self, params: Tensor) -> Tensor:
         return torch.cat([params[: self._num_trainable], self.buffers])
 
-    def _kept(self, slope: Slope, params: Tensor) -> Slope:
+    def _noted(self, slope: Slope, params: Tensor) -> Slope:
         self.buffers = slope.buffers
         return slope._replace(buffers=params[self._num_trainable :])
-
-    def gradient(self, params: Tensor, batch: Batch, offset: Tensor | None = None) -> Slope:
-        """As of the task, on own buffers."""
-        return self._kept(self._task.gradient(self._own(params), batch, offset), params)
-
-    def slope_through(self, params: Tensor, extra: Tensor, batch: Batch, alter: Alter) -> tuple[Slope, Tensor]:
-        """As of the task, on own buffers."""
-        slope, slope_of_extra = self._task.slope_through(self._own(params), extra, batch, alter)
-        return self._kept(slope, params), slope_of_extra
-
-    def features(self, params: Tensor, inputs: Tensor) -> Tensor:
-        """As of the task, on own buffers."""
-        return self._task.features(self._own(params), inputs)
-
-    def predict(self, params: Tensor, inputs: Tensor) -> Tensor:
-        """As of the task, on own buffers."""
-        return self._task.predict(self._own(params), inputs)
-
-    def loss(self, params: Tensor, batch: Batch) -> Tensor:
-        """As of the task, on own buffers."""
-        return self._task.loss(self._own(params), batch)
 
     def descend(
         self,
@@ -159,6 +139,12 @@ class _OwnBuffers:
     def train(self, params: Tensor, batches: Batches, *, pull: float = 0.0, towards: Tensor | None = None) -> Tensor:
         """As of the task, on own buffers."""
         return self._task.descend(params, batches, self.gradient, pull=pull, towards=towards)
+
+    gradient = completing.gradient
+    slope_through = completing.slope_through
+    features = completing.features
+    predict = completing.predict
+    loss = completing.loss
 
 
 def _train(
