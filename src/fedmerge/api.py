@@ -19,7 +19,15 @@ from fedmerge.core.registry import Registry
 from fedmerge.data import PARTITIONS, SOURCES, FederatedData, check_federation
 from fedmerge.data.sources import Source
 from fedmerge.experiment.comparison import refuse_taken
-from fedmerge.experiment.config import Config, RunOptions, build_config, check_label, default_partition, unknown_option
+from fedmerge.experiment.config import (
+    Config,
+    RunOptions,
+    build_config,
+    check_label,
+    default_partition,
+    spelled_out,
+    unknown_option,
+)
 from fedmerge.experiment.execute import Watcher, execute, execute_config
 from fedmerge.experiment.federation import load_data
 from fedmerge.experiment.record import RoundRecord, RunRecord, read_run
@@ -34,8 +42,8 @@ Partition = str | Mapping[str, Any] | Any | None
 Model = str | Mapping[str, Any] | nn.Module | Callable[..., nn.Module] | Network
 Method = str | Mapping[str, Any] | Algorithm[Any]
 Training = LocalTraining | Mapping[str, Any] | None
-Dealer = Callable[[int], FederatedData]
-"""The clients of a seed."""
+Dealer = Callable[[int, Any], FederatedData]
+"""The clients of a seed, for a model: texts are read as it reads them."""
 
 
 def run(
@@ -78,7 +86,7 @@ def run(
     request = _request(method, model, training, options, label=label, faults=faults)
     if request is None or faults:
         raise UsageError("\n".join(faults))
-    return _start(request, deal(request.options.seed), None if out is None else Path(out), watch)
+    return _start(request, deal(request.options.seed, request.model), None if out is None else Path(out), watch)
 
 
 def compare(
@@ -198,14 +206,14 @@ def _run_all(
     if out is not None:
         refuse_taken([request.name for request in requests], out)
     seed = requests[0].options.seed
-    data = deal(seed)
+    data = deal(seed, requests[0].model)
     for request in (request for request in requests if request.options.seed == seed):
         prepare(request.method, data, request.model, request.training, request.options)
     records = []
     for request in requests:
         if request.options.seed != seed:
             seed = request.options.seed
-            data = deal(seed)
+            data = deal(seed, request.model)
         folder = None if out is None else out / request.name
         tell = None if watch is None else partial(watch, request.label, seed)
         records.append(_start(request, data, folder, tell).record)
@@ -238,6 +246,7 @@ _WORKS: dict[str, str] = {"source": "load", "partition": "split", "model": "buil
 def _built(registry: Registry[Any], value: Any, faults: list[str]) -> Any:
     """The object that a name or table stands for, or the object itself."""
     kind = registry.what
+    value = spelled_out(kind, value)
     if isinstance(value, str):
         return registry.build({"name": value}, kind, faults)
     if isinstance(value, Mapping):
@@ -271,14 +280,14 @@ def _dealer(data: Any, partition: Any, faults: list[str]) -> Dealer:
     if isinstance(data, FederatedData):
         if partition is not None:
             faults.append("partition: got one for your own clients, who have their items already; leave it out")
-        return lambda _: _checked(data)
+        return lambda *_: _checked(data)
     source = _built(SOURCES, data, faults)
     default = default_partition(SOURCES.name_of(source))
     wanted = default if partition is None else partition
     if isinstance(wanted, Mapping) and "name" not in wanted:
         wanted = {**default, **wanted}
     dealt = _built(PARTITIONS, wanted, faults)
-    return lambda seed: load_data(source, dealt, seed)
+    return lambda seed, model: load_data(source, dealt, seed, model)
 
 
 def _checked(data: FederatedData) -> FederatedData:

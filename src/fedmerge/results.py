@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from fedmerge.core.ensemble import EnsembleModule, members
 from fedmerge.core.errors import UsageError, unknown_name
+from fedmerge.core.vector import twin
 from fedmerge.experiment.execute import Outcome
 from fedmerge.experiment.record import RunRecord
 from fedmerge.experiment.simulation import models_now, one_thread
@@ -64,7 +64,7 @@ class Run:
             model = models_now(setup, self.outcome.selected)[index]
         networks = []
         for vector in members(model):
-            networks.append(copy.deepcopy(setup.module))
+            networks.append(twin(setup.module))
             setup.layout.write(vector, networks[-1])
         return (networks[0] if isinstance(model, Tensor) else EnsembleModule(networks, model)).eval()
 

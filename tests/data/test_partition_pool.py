@@ -18,7 +18,7 @@ from fedmerge.core.errors import DataError
         ("targets", np.full(1200, -1), "labels run from -1 to -1"),
         ("item", np.array(["x"] * 1200), "`item` holds <U1; expected whole numbers"),
         ("inputs", np.full((1200, 2), np.nan), "item 0 has NaN or infinite inputs"),
-        ("inputs", np.full((1200, 2), None), "inputs are object; expected uint8 images or float32"),
+        ("inputs", np.full((1200, 2), None), "inputs are object; expected uint8 images, float32 or texts"),
     ],
 )
 def test_what_is_wrong_is_named(column, values, message):

@@ -9,6 +9,7 @@ from fedmerge.core.protocol import Batch
 from fedmerge.core.vector import layout_of
 from fedmerge.training import Descent, FunctionalTask
 from fedmerge.training.dense import chain_of, gradient
+from fedmerge.training.objective import Objective, is_best
 
 
 class Watched(nn.Sequential):
@@ -127,7 +128,9 @@ def test_a_loss_of_ones_own_is_left_to_autograd():
     def doubled(outputs, targets):
         return 2 * functional.cross_entropy(outputs, targets, reduction="none")
 
-    own = FunctionalTask(module, layout, Descent(), criterion=doubled).gradient(layout.read(module), batch)
+    own = FunctionalTask(module, layout, Descent(), objective=Objective(doubled, is_best)).gradient(
+        layout.read(module), batch
+    )
     usual = FunctionalTask(module, layout, Descent()).gradient(layout.read(module), batch)
     torch.testing.assert_close(own.gradient, 2 * usual.gradient)
 

@@ -6,7 +6,7 @@ import torch
 
 from fedmerge.core.protocol import Batch
 from fedmerge.training import tally
-from fedmerge.training.task import cross_entropy
+from fedmerge.training.objective import cross_entropy, is_best
 
 
 class Copying:
@@ -17,6 +17,9 @@ class Copying:
 
     def losses(self, outputs, targets):
         return cross_entropy(outputs, targets)
+
+    def right(self, outputs, targets):
+        return is_best(outputs, targets)
 
 
 def batch(inputs, targets, weight):

@@ -14,6 +14,7 @@ from fedmerge.models.cnn import Cnn
 from fedmerge.models.mlp import Mlp
 from fedmerge.models.resnet9 import ResNet9
 from fedmerge.training import Descent, FunctionalTask, ModuleTask, is_batch_coupled
+from fedmerge.training.objective import Objective, is_best
 from fedmerge.training.task import has_dropout, measured_buffers, measuring_twin
 
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
@@ -167,7 +168,7 @@ def test_a_chosen_criterion_is_used():
 
     expected = brier(module(batch.inputs), batch.targets).detach()
     for form in (ModuleTask, FunctionalTask):
-        task = form(module, layout, DESCENT, criterion=brier)
+        task = form(module, layout, DESCENT, objective=Objective(brier, is_best))
         torch.testing.assert_close(task.loss(layout.read(module), batch), expected.mean(), **CLOSE)
         torch.testing.assert_close(
             task.losses(task.predict(layout.read(module), batch.inputs), batch.targets), expected

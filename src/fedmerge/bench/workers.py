@@ -158,7 +158,7 @@ def _clients(place: str, seed: int) -> FederatedData:
     """The clients of a setting and seed, from the resolved tables of source and partition as JSON."""
     table: dict[str, Any] = {kind: value for kind, value in json.loads(place).items() if value is not None}
     config = build_config({**table, "seed": seed})
-    return load_data(config.source, config.partition, seed)
+    return load_data(config.source, config.partition, seed, config.model)
 
 
 def failures_text(failures: Sequence[Failure]) -> str:

@@ -66,7 +66,7 @@ def _data_get(options: argparse.Namespace) -> None:
 def _data_show(options: argparse.Namespace) -> None:
     table = override(table_from(options.config), options.words)
     config = build_config(table)
-    data = load_data(config.source, config.partition, config.run.seed)
+    data = load_data(config.source, config.partition, config.run.seed, config.model)
     target = Path(options.out or "partition.svg")
     try:
         write_atomically(target, partition_svg(data))

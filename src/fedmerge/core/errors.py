@@ -18,6 +18,18 @@ class DataError(FedmergeError):
     """The data cannot be used as asked."""
 
 
+class RowError(DataError):
+    """One row of many cannot be used.
+
+    Attributes:
+        row: Its place, from 0; whoever knows where the rows came from says so in a message of their own.
+    """
+
+    def __init__(self, row: int, message: str) -> None:
+        super().__init__(message)
+        self.row = row
+
+
 def unknown_name(what: str, name: object, known: Iterable[str]) -> str:
     """One message for every unknown name: the nearest known one first, then all of them.
 

@@ -121,7 +121,7 @@ class _WithOwnPart:
 
     def __init__(self, keeping: Keeping, task: Task, values: Float[Tensor, " K"]) -> None:
         self._task, self._kept = task, keeping.kept
-        self.layout, self.losses = keeping.travelling, task.losses
+        self.layout, self.losses, self.right = keeping.travelling, task.losses, task.right
         self.values = values
         self._slope = torch.zeros_like(values)
 

@@ -30,7 +30,7 @@ class Batch(NamedTuple):
 
     Attributes:
         inputs: [B, ...].
-        targets: [B] class indices.
+        targets: [B] class indices, or [B, L] what each token should give.
         weight: [B] 1/(number of real examples) for each of them and 0 for padding; sums to 1. A method may weigh
             examples by multiplying it.
         lr: [] or [T] learning rate of this step; 0 makes it a step that changes nothing (padding).
@@ -91,6 +91,10 @@ class Task(Protocol):
 
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Loss of each example, [B]."""
+        ...
+
+    def right(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """How right each answer is, 0..1, [B]."""
         ...
 
     def loss(self, params: Tensor, batch: Batch) -> Tensor:

@@ -7,6 +7,7 @@ use. Tensors that a module holds under several names (tied weights) are there on
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -169,6 +170,12 @@ class Layout:
         with torch.no_grad():
             for name, value in self.views(vector).items():
                 own[name].copy_(value)
+
+
+def twin(module: nn.Module) -> nn.Module:
+    """A copy of a module that shares its frozen parameters, which nobody changes: a large base is there only once."""
+    frozen = {id(parameter): parameter for parameter in module.parameters() if not parameter.requires_grad}
+    return copy.deepcopy(module, frozen)
 
 
 def _modules_of(slot: Slot) -> set[str]:

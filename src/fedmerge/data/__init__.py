@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedmerge.data.byo import FolderOptions, from_arrays, from_dataset, from_folder, from_frame
+from fedmerge.data.byo import FolderOptions, from_arrays, from_dataset, from_folder, from_frame, from_texts
 from fedmerge.data.deal import deal
 from fedmerge.data.federated import ClientData, Examples, FederatedData, check_federation
 from fedmerge.data.partition import ClientPart, Partition
@@ -26,4 +26,5 @@ __all__ = [
     "from_dataset",
     "from_folder",
     "from_frame",
+    "from_texts",
 ]

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -21,13 +21,15 @@ from torch.utils.data import Dataset
 from fedmerge.core.errors import DataError, UsageError, unknown_name
 from fedmerge.core.options import check_options, option
 from fedmerge.core.randomness import generator
+from fedmerge.data.encoding import Encoder
 from fedmerge.data.federated import ClientData, Examples, FederatedData, check_federation
-from fedmerge.data.form import input_form
+from fedmerge.data.form import input_form, token_form
+from fedmerge.data.own_texts import Learned, learned_from, tasks_by_label
 from fedmerge.data.partition import SPLITS, Split
 from fedmerge.data.pool import Ints
 from fedmerge.data.readers import READERS, Tables, frame_table
 from fedmerge.data.sides import item_sides, side_shares
-from fedmerge.data.table import Table, align_columns, encode_labels, make_table
+from fedmerge.data.table import Table, align_columns, check_texts, make_table
 from fedmerge.data.transform import Scale, scale_of, standard_scale
 
 if TYPE_CHECKING:
@@ -44,6 +46,12 @@ class FolderOptions:
 
     path: str = option(help="folder with the files; a file's name is the client's")
     label_column: str = option("label", help="column of .csv and .parquet files that holds the class")
+    text_column: str | None = option(
+        None, help="column that holds texts, for language models; other columns than this and the label's do not count"
+    )
+    tasks: Literal["one", "by-label"] = option(
+        "one", help="by-label: clients without a common label have different tasks, each with classes of its own"
+    )
     validation: float = option(0.15, at_least=0, below=1, help="share of a client's rows for validation")
     test: float = option(0.15, at_least=0, below=1, help="share of a client's rows for the test")
     standardise: bool = option(False, help="scale every column (image channel) to mean 0, standard deviation 1")
@@ -52,6 +60,8 @@ class FolderOptions:
     def __post_init__(self) -> None:
         check_options(self)
         side_shares(self.validation, self.test, "FolderOptions")
+        if self.text_column is not None and self.standardise:
+            raise UsageError("FolderOptions.standardise: got true for texts, which have no scale; leave it out")
 
 
 @dataclass(frozen=True)
@@ -63,6 +73,8 @@ class _Plan:
     seed: int
     class_names: Sequence[str] | None
     standardise: bool
+    by_label: bool = False
+    encoder: Encoder | None = None
 
 
 def from_arrays(
@@ -180,12 +192,15 @@ def from_frame(
     return _assemble(tables, _Plan(validation, test, seed, class_names, standardise), "your frame")
 
 
-def from_folder(folder: FolderOptions | Path | str, *, seed: int = 0, **options: Any) -> FederatedData:
+def from_folder(
+    folder: FolderOptions | Path | str, *, seed: int = 0, encoder: Encoder | None = None, **options: Any
+) -> FederatedData:
     """Clients from a folder with one file each.
 
     Args:
         folder: The folder, or its options.
         seed: Decides the cut.
+        encoder: Of the language model that is to read texts.
         options: Fields of `FolderOptions`, if `folder` is a path.
 
     Raises:
@@ -197,10 +212,42 @@ def from_folder(folder: FolderOptions | Path | str, *, seed: int = 0, **options:
     elif options:
         raise UsageError(f"from_folder: got FolderOptions and {', '.join(options)}; put them into the options")
     files = _client_files(Path(folder.path))
-    tables = {path.stem: READERS[path.suffix](path, folder.label_column) for path in files}
-    class_names = folder.class_names or None
-    plan = _Plan(folder.validation, folder.test, seed, class_names, folder.standardise)
+    tables = {path.stem: READERS[path.suffix](path, folder.label_column, folder.text_column) for path in files}
+    class_names, by_label = folder.class_names or None, folder.tasks == "by-label"
+    plan = _Plan(folder.validation, folder.test, seed, class_names, folder.standardise, by_label, encoder)
     return _assemble(tables, plan, str(folder.path))
+
+
+def from_texts(
+    clients: Mapping[str, Any],
+    encoder: Encoder,
+    *,
+    validation: float = 0.15,
+    test: float = 0.15,
+    seed: int = 0,
+    class_names: Sequence[str] | None = None,
+    tasks: Literal["one", "by-label"] = "one",
+) -> FederatedData:
+    """Clients from lists of texts.
+
+    Args:
+        clients: Name -> client. A client is ``(texts, labels)``, or a table with the keys train, validation and test.
+            A label is a class; for a model that completes texts it is the completion, and for one that tags words it
+            is one tag per word of the text, with spaces between them.
+        encoder: Of the language model, ``Hf(...).encoder()``.
+        validation: As for `from_arrays`, like those that follow.
+        test: Share of a client's rows.
+        seed: Decides the cut.
+        class_names: [K].
+        tasks: ``by-label`` gives clients without a common label different tasks.
+
+    Raises:
+        UsageError: if the shares leave nothing to train on.
+        DataError: naming the client and row that are wrong.
+    """
+    tables = {name: _client_tables(name, client, _texts_of_pair) for name, client in clients.items()}
+    plan = _Plan(validation, test, seed, class_names, False, tasks == "by-label", encoder)
+    return _assemble(tables, plan, "your texts")
 
 
 def _numbered(clients: Sequence[Any]) -> dict[str, Any]:
@@ -208,7 +255,8 @@ def _numbered(clients: Sequence[Any]) -> dict[str, Any]:
     return {f"client-{number:0{digits}d}": client for number, client in enumerate(clients)}
 
 
-def _client_tables(name: str, client: Any) -> Tables:
+def _client_tables(name: str, client: Any, made: Callable[[Any, str, Split], Table] | None = None) -> Tables:
+    made = made or _table_of_pair
     if isinstance(client, Mapping):
         for key in client:
             if key not in SPLITS:
@@ -220,13 +268,28 @@ def _client_tables(name: str, client: Any) -> Tables:
         splits = {"train": client}
     if "train" not in splits:
         raise DataError(f"client {name!r} has no train rows; expected at least the key 'train'")
-    return {split: _table_of_pair(splits[split], name, split) for split in SPLITS if split in splits}
+    return {split: made(splits[split], name, split) for split in SPLITS if split in splits}
 
 
 def _table_of_pair(pair: Any, name: str, split: Split) -> Table:
+    return make_table(f"client {name!r}, {split}", *_checked_pair(pair, name, split))
+
+
+def _texts_of_pair(pair: Any, name: str, split: Split) -> Table:
+    texts, labels = _checked_pair(pair, name, split)
+    origin = f"client {name!r}, {split}"
+    wrong = next((row for row, text in enumerate(texts) if not isinstance(text, str)), None)
+    if wrong is not None:
+        raise DataError(f"{origin}, row {wrong} from 0: got a {type(texts[wrong]).__name__}; expected a text")
+    if len(texts) != len(labels):
+        raise DataError(f"{origin}: {len(texts)} texts and {len(labels)} labels; expected one label for each")
+    return check_texts(Table(origin, np.array(list(texts), dtype=np.str_), np.array(list(labels))))
+
+
+def _checked_pair(pair: Any, name: str, split: Split) -> Any:
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         raise DataError(f"client {name!r}, {split}: got a {type(pair).__name__}; expected (inputs, labels)")
-    return make_table(f"client {name!r}, {split}", *pair)
+    return pair
 
 
 def _length(dataset: Any) -> int:
@@ -281,19 +344,31 @@ def _assemble(clients: Mapping[str, Tables], plan: _Plan, source: str) -> Federa
         raise DataError(f"{source}: a client is called {unwritable[0]!a}; expected a name of printable characters")
     keys = [(name, split) for name in sorted(named) for split in SPLITS if split in named[name]]
     tables = align_columns([named[name][split] for name, split in keys])
-    class_names, targets = encode_labels(tables, plan.class_names)
-    if len(class_names) < 2:
-        raise DataError(f"{source}: every row has the class {class_names[0]!r}; expected two classes at least")
+    learned = learned_from(tables, plan.encoder, plan.class_names)
+    if learned.kind == "classes" and len(learned.class_names) < 2:
+        raise DataError(f"{source}: every row has the class {learned.class_names[0]!r}; expected two classes at least")
     rows: dict[str, Rows] = {name: {} for name in sorted(named)}
-    for (name, split), table, indices in zip(keys, tables, targets, strict=True):
-        rows[name][split] = (table.inputs, indices)
+    for (name, split), inputs, targets in zip(keys, learned.inputs, learned.targets, strict=True):
+        rows[name][split] = (inputs, targets)
     cut = {name: _cut(name, own, shares, plan.seed) for name, own in rows.items()}
-    scale = _scale(np.concatenate([own["train"][0] for own in cut.values()]), plan.standardise, source)
-    ready = tuple(ClientData(name, *(_examples(own[split], scale) for split in SPLITS)) for name, own in cut.items())
-    form = input_form(tables[0].inputs, scale, tables[0].columns)
-    data = FederatedData(ready, class_names, source=f"{source}, {len(ready)} clients", form=form)
+    data = _federation(cut, learned, plan, source, tables[0].columns)
     check_federation(data)
     return data
+
+
+def _federation(
+    cut: Mapping[str, Rows], learned: Learned, plan: _Plan, source: str, columns: tuple[str, ...] | None
+) -> FederatedData:
+    trained = np.concatenate([own["train"][0] for own in cut.values()])
+    scale = None if learned.are_tokens else _scale(trained, plan.standardise, source)
+    data = FederatedData(
+        tuple(ClientData(name, *(_examples(own[split], scale) for split in SPLITS)) for name, own in cut.items()),
+        learned.class_names,
+        source=f"{source}, {len(cut)} clients",
+        form=token_form(trained.shape[1]) if scale is None else input_form(trained, scale, columns),
+        kind=learned.kind,
+    )
+    return tasks_by_label(data) if plan.by_label else data
 
 
 def _cut(name: str, own: Rows, shares: tuple[float, float, float], seed: int) -> Rows:
@@ -338,6 +413,6 @@ def _scale(trained: NDArray[Any], standardise: bool, source: str) -> Scale:
     return standard_scale(trained) if standardise and trained.dtype != np.uint8 else scale_of(trained, source)
 
 
-def _examples(rows: tuple[NDArray[Any], Ints], scale: Scale) -> Examples:
-    inputs, targets = rows
-    return Examples(scale.apply(torch.from_numpy(inputs)), torch.from_numpy(targets))
+def _examples(rows: tuple[NDArray[Any], Ints], scale: Scale | None) -> Examples:
+    inputs, targets = (torch.from_numpy(part) for part in rows)
+    return Examples(inputs if scale is None else scale.apply(inputs), targets)

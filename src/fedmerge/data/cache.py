@@ -19,14 +19,16 @@ from typing import Any
 
 import numpy as np
 import platformdirs
+from numpy.typing import NDArray
 
 from fedmerge.core.errors import DataError, FedmergeError
 from fedmerge.data.pool import Pool
 
 log = logging.getLogger(__name__)
 
-_ARRAYS = ("inputs", "targets", "user", "domain", "item")
-_NAMES = ("class_names", "user_names", "domain_names")
+_ARRAYS = ("inputs", "targets", "user", "domain", "item", "answers")
+_NAMES = ("class_names", "user_names", "domain_names", "class_tasks")
+Arrays = dict[str, NDArray[Any]]
 _DAMAGED = (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, DataError)
 
 
@@ -83,39 +85,68 @@ def cached_pool(name: str, key: Sequence[str], build: Callable[[], Pool]) -> Poo
     Raises:
         FedmergeError: if the cache cannot be written to.
     """
-    path = cache_folder() / "pools" / f"{name}-{hashlib.sha256(repr(tuple(key)).encode()).hexdigest()[:16]}.npz"
-    pool = _read(path)
-    if pool is not None:
-        return pool
+    return _pool_of(_cached("pools", name, key, lambda: _arrays_of(build()), _pool_of))
+
+
+def cached_arrays(name: str, key: Sequence[str], build: Callable[[], Arrays]) -> Arrays:
+    """The arrays that were built under this key before, or `build`'s, which are kept.
+
+    Args:
+        name: Begins the file's name.
+        key: All that the arrays depend on.
+        build: As for `cached_pool`.
+
+    Raises:
+        FedmergeError: if the cache cannot be written to.
+    """
+    return _cached(name, name, key, build, dict)
+
+
+def _cached(
+    folder: str, name: str, key: Sequence[str], build: Callable[[], Arrays], check: Callable[[Arrays], object]
+) -> Arrays:
+    path = cache_folder() / folder / f"{name}-{hashlib.sha256(repr(tuple(key)).encode()).hexdigest()[:16]}.npz"
+    arrays = _read(path, check)
+    if arrays is not None:
+        return arrays
     with locked(path):
-        pool = _read(path)  # another process may have made it while this one waited
-        if pool is None:
-            pool = build()
-            _write(path, pool)
-        return pool
+        arrays = _read(path, check)  # another process may have made it while this one waited
+        if arrays is None:
+            arrays = build()
+            _write(path, arrays)
+        return arrays
 
 
-def _read(path: Path) -> Pool | None:
-    """The pool in `path`; None if there is none or it is damaged (numpy checks the checksum of every array)."""
+def _read(path: Path, check: Callable[[Arrays], object]) -> Arrays | None:
+    """The arrays in `path`; None if there are none or they are damaged (numpy checks the checksum of every array)."""
     if not path.is_file():
         return None
     try:
         with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-            arrays: dict[str, Any] = {name: file[name] for name in _ARRAYS if name in file.files}
-            arrays |= {name: tuple(str(text) for text in file[name]) for name in _NAMES}
-            return Pool(name=str(file["name"]), **arrays)
+            arrays = {name: file[name] for name in file.files}
+            check(arrays)
+            return arrays
     except _DAMAGED as error:
         log.warning("%s is damaged (%s): it is built again", path, error)
         return None
 
 
-def _write(path: Path, pool: Pool) -> None:
-    """Writes the pool so that a reader sees all of it or nothing. The caller holds the lock."""
-    arrays: dict[str, Any] = {name: getattr(pool, name) for name in _ARRAYS if getattr(pool, name) is not None}
-    arrays |= {name: np.array(getattr(pool, name), dtype=np.str_) for name in ("name", *_NAMES)}
+def _write(path: Path, arrays: Arrays) -> None:
+    """Writes the arrays so that a reader sees all of them or nothing. The caller holds the lock."""
     temporary = path.with_name(path.name + ".part")
     with writing(path.parent), temporary.open("wb") as file:
         np.savez(file, **arrays)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def _arrays_of(pool: Pool) -> Arrays:
+    arrays = {name: getattr(pool, name) for name in _ARRAYS if getattr(pool, name) is not None}
+    return arrays | {name: np.array(getattr(pool, name), dtype=np.str_) for name in ("name", *_NAMES)}
+
+
+def _pool_of(arrays: Arrays) -> Pool:
+    fields: dict[str, Any] = {name: arrays[name] for name in _ARRAYS if name in arrays}
+    fields |= {name: tuple(str(text) for text in arrays[name]) for name in _NAMES if name in arrays}
+    return Pool(name=str(arrays["name"]), **fields)

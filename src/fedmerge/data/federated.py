@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from fedmerge.core.errors import DataError
+from fedmerge.data.encoding import NO_TARGET, Kind
 from fedmerge.data.form import InputForm
 from fedmerge.data.partition import Partition
 
@@ -23,12 +24,13 @@ class Examples(NamedTuple):
     """Inputs and labels, side by side.
 
     Attributes:
-        inputs: [n, ...]; images are channel first, [n, c, h, w].
-        targets: [n] class indices.
+        inputs: [n, ...]; images are channel first, [n, c, h, w]; texts are whole numbers [n, L], see
+            `fedmerge.data.encoding.Encoded`.
+        targets: [n] class indices, or [n, L] what each token should give, −100 where it does not count.
     """
 
-    inputs: Float[Tensor, "n ..."]
-    targets: Int[Tensor, " n"]
+    inputs: Shaped[Tensor, "n ..."]
+    targets: Int[Tensor, "n ..."]
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,11 @@ class FederatedData:
         partition: How the items were dealt out; None for a user's own clients.
         source: One line that names the data and the partition.
         form: What the raw inputs looked like and how they were scaled; None where that is not known.
+        kind: What is learned: one class per example, one tag per token, or the completion of a text.
+        class_tasks: [K] the task that each class belongs to, where clients have different tasks: a class is told apart
+            from the others of its task only. Empty where all classes are one task.
+        tasks: [N] name of each client's task or domain, for tables; None where there is nothing to tell apart.
+        counts: [N][K] train examples of each class, where the targets do not tell.
     """
 
     clients: tuple[ClientData, ...]
@@ -65,6 +72,10 @@ class FederatedData:
     partition: Partition | None = None
     source: str = "your data"
     form: InputForm | None = None
+    kind: Kind = "classes"
+    class_tasks: tuple[str, ...] = ()
+    tasks: tuple[str, ...] | None = None
+    counts: tuple[tuple[int, ...], ...] | None = None
 
     @property
     def num_classes(self) -> int:
@@ -75,6 +86,13 @@ class FederatedData:
     def input_shape(self) -> tuple[int, ...]:
         """Shape of one input, for example (1, 28, 28)."""
         return tuple(self.clients[0].train.inputs.shape[1:])
+
+    def class_counts(self) -> tuple[tuple[int, ...], ...]:
+        """[N][K] train examples (of kind ``tags``: tokens) of each class."""
+        if self.counts is not None:
+            return self.counts
+        targets = (client.train.targets for client in self.clients)
+        return tuple(tuple(t[t >= 0].bincount(minlength=self.num_classes).tolist()) for t in targets)
 
     def sha256(self) -> str:
         """Hash of every client's examples and splits: runs may be compared when it is equal."""
@@ -107,14 +125,15 @@ def check_federation(data: FederatedData) -> None:
         if not client.num_train:
             raise DataError(f"client {client.name!r} has no train examples; give it some or leave it out")
         for split, examples in (("train", client.train), ("validation", client.validation), ("test", client.test)):
-            _check_examples(examples, data.num_classes, first, f"client {client.name!r}, {split}")
-        if client.train.targets.min() == client.train.targets.max():
+            _check_examples(examples, data, first, f"client {client.name!r}, {split}")
+        if data.kind == "classes" and client.train.targets.min() == client.train.targets.max():
             only = data.class_names[int(client.train.targets[0])]
             log.warning("client %r trains on one class only, %s", client.name, only)
 
 
-def _check_examples(examples: Examples, num_classes: int, like: Tensor, where: str) -> None:
+def _check_examples(examples: Examples, data: FederatedData, like: Tensor, where: str) -> None:
     inputs, targets = examples
+    num_classes = data.num_classes
     if len(inputs) != len(targets):
         raise DataError(f"{where}: {len(inputs)} inputs and {len(targets)} labels; expected one label per input")
     if (inputs.dtype, inputs.shape[1:]) != (like.dtype, like.shape[1:]):
@@ -122,12 +141,32 @@ def _check_examples(examples: Examples, num_classes: int, like: Tensor, where: s
             f"{where}: inputs are {inputs.dtype} {list(inputs.shape[1:])}; "
             f"expected {like.dtype} {list(like.shape[1:])} as at the first client"
         )
-    if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < num_classes:
+    if data.kind != "classes":
+        _check_sequences(inputs, targets, num_classes if data.kind == "tags" else None, where)
+    elif len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < num_classes:
         raise DataError(
             f"{where}: labels run from {int(targets.min())} to {int(targets.max())}; "
             f"expected 0..{num_classes - 1} for {num_classes} classes"
         )
+    if not inputs.is_floating_point():
+        return
     wrong = ~inputs.flatten(1).isfinite().all(dim=1)
     if wrong.any():
         bad = int(wrong.nonzero()[0])
         raise DataError(f"{where}: example {bad} has NaN or infinite inputs; clean or drop it first")
+
+
+def _check_sequences(inputs: Tensor, targets: Tensor, num_classes: int | None, where: str) -> None:
+    """Refuses targets of tokens that are out of range, and examples in which nothing counts."""
+    if targets.shape != inputs.shape:
+        raise DataError(f"{where}: targets are {list(targets.shape)}; expected {list(inputs.shape)}, one per token")
+    real = targets[targets != NO_TARGET]
+    if len(real) and (int(real.min()) < 0 or (num_classes is not None and int(real.max()) >= num_classes)):
+        limit = "" if num_classes is None else f"..{num_classes - 1}"
+        raise DataError(
+            f"{where}: targets run from {int(real.min())} to {int(real.max())}; expected 0{limit}, or {NO_TARGET} for "
+            "tokens that do not count"
+        )
+    nothing = (targets == NO_TARGET).all(dim=1)
+    if nothing.any():
+        raise DataError(f"{where}: example {int(nothing.nonzero()[0])} has no token that counts; drop it")

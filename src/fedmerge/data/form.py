@@ -15,6 +15,8 @@ from torch import Tensor
 from fedmerge.core.errors import DataError
 from fedmerge.data.transform import Scale
 
+TOKENS = "tokens"
+
 
 @dataclass(frozen=True, eq=False)
 class InputForm:
@@ -22,7 +24,8 @@ class InputForm:
 
     Attributes:
         shape: Of one input, for example (1, 28, 28).
-        dtype: ``uint8`` for images, else ``float32``.
+        dtype: ``uint8`` for images, ``tokens`` for texts that a language model's encoder has made into numbers, else
+            ``float32``.
         mean: Subtracted first; broadcasts to `shape`.
         std: Divided by.
         columns: Names of the input columns, in order, where a file named them.
@@ -36,6 +39,8 @@ class InputForm:
 
     def scaled(self, inputs: NDArray[Any]) -> Tensor:
         """Raw inputs [n, ...] as the federation's networks know them."""
+        if self.dtype == TOKENS:
+            return torch.from_numpy(inputs)
         return (torch.from_numpy(inputs).to(torch.float32) - self.mean) / self.std
 
     def plain(self) -> dict[str, Any]:
@@ -47,6 +52,11 @@ class InputForm:
             "std": self.std.tolist(),
             "columns": None if self.columns is None else list(self.columns),
         }
+
+
+def token_form(length: int) -> InputForm:
+    """The form of texts as `length` tokens."""
+    return InputForm((length,), TOKENS, torch.tensor(0.0), torch.tensor(1.0))
 
 
 def input_form(raw: NDArray[Any], scale: Scale, columns: tuple[str, ...] | None = None) -> InputForm:
@@ -71,6 +81,6 @@ def form_from_plain(plain: Mapping[str, Any]) -> InputForm:
         fits = form.scaled(np.zeros((1, *shape), dtype=np.float32)).isfinite().all()
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise DataError(f"the form of the inputs is damaged: {type(error).__name__}: {error}") from error
-    if form.dtype not in ("uint8", "float32") or not bool(fits) or math.prod(shape) < 1:
+    if form.dtype not in ("uint8", "float32", TOKENS) or not bool(fits) or math.prod(shape) < 1:
         raise DataError(f"the form of the inputs is damaged: got dtype {form.dtype!r} and shape {list(shape)}")
     return form

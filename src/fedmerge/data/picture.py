@@ -119,7 +119,7 @@ def _short(text: str, length: int) -> str:
 
 def _grid(data: FederatedData) -> _Grid:
     clients = data.clients
-    counts = np.stack([np.bincount(c.train.targets.numpy(), minlength=data.num_classes) for c in clients])
+    counts = np.array(data.class_counts())
     sizes = np.array([[len(split.targets) for split in (c.train, c.validation, c.test)] for c in clients])
     per_column, per_row = math.ceil(len(clients) / _MOST_COLUMNS), math.ceil(data.num_classes / _MOST_ROWS)
     columns, rows = np.arange(0, len(clients), per_column), np.arange(0, data.num_classes, per_row)

@@ -16,7 +16,7 @@ import numpy as np
 from fedmerge.core.errors import DataError, FedmergeError, unknown_name
 from fedmerge.data.partition import SPLITS, Split
 from fedmerge.data.pool import Ints
-from fedmerge.data.table import Table, check_table, make_table
+from fedmerge.data.table import Table, check_table, check_texts, make_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,13 +34,15 @@ def _naming(path: Path, expected: str) -> Iterator[None]:
         raise DataError(f"{path} cannot be read ({error}); expected {expected}") from error
 
 
-def read_npz(path: Path, label_column: str) -> Tables:  # noqa: ARG001 - readers share one signature
+def read_npz(path: Path, label_column: str, text_column: str | None = None) -> Tables:  # noqa: ARG001 - one signature
     """Arrays ``x`` and ``y``; ``x_validation``, ``y_validation``, ``x_test`` and ``y_test`` if they are split already.
 
     Raises:
         DataError: if the file is damaged, holds Python objects or other arrays.
     """
     known = [f"{letter}{ending}" for ending in ("", "_validation", "_test") for letter in "xy"]
+    if text_column is not None:
+        raise DataError(f"{path}: texts are read from .csv and .parquet files; an .npz file holds numbers")
     with _naming(path, "an .npz file with arrays x and y"), path.open("rb") as stream:
         file = np.load(stream, allow_pickle=False)
         if not isinstance(file, np.lib.npyio.NpzFile):
@@ -69,8 +71,10 @@ def _partner(name: str) -> str:
     return {"x": "y", "y": "x"}[name[0]] + name[1:]
 
 
-def read_csv(path: Path, label_column: str) -> Tables:
+def read_csv(path: Path, label_column: str, text_column: str | None = None) -> Tables:
     """A header, then one row per item; every column but the label's holds numbers. Blank lines do not count.
+
+    With a `text_column` the items are its texts and further columns do not count.
 
     Raises:
         DataError: naming the line and column of the first cell that is wrong.
@@ -81,6 +85,8 @@ def read_csv(path: Path, label_column: str) -> Tables:
     if len(rows) < 2:
         raise DataError(f"{path} has no rows below its header; expected a header and one row per item")
     header = [name.strip() for name in rows[0][1]]
+    if text_column is not None:
+        return {"train": _csv_texts(path, header, rows[1:], label_column, text_column)}
     label = _label_index(str(path), header, label_column)
     inputs = [_numbers(path, line, row, header, label) for line, row in rows[1:]]
     table = Table(
@@ -92,6 +98,33 @@ def read_csv(path: Path, label_column: str) -> Tables:
         columns=tuple(name for index, name in enumerate(header) if index != label),
     )
     return {"train": check_table(table)}
+
+
+def _csv_texts(
+    path: Path, header: Sequence[str], rows: Sequence[tuple[int, list[str]]], label_column: str, text_column: str
+) -> Table:
+    text, label = (_column_index(str(path), header, name) for name in (text_column, label_column))
+    for line, row in rows:
+        if len(row) != len(header):
+            raise DataError(f"{path}, line {line}: {len(row)} cells; expected {len(header)} as in the header")
+    table = Table(
+        origin=str(path),
+        inputs=np.array([row[text] for _, row in rows], dtype=np.str_),
+        labels=np.array([row[label].strip() for _, row in rows], dtype=np.str_),
+        numbers=np.array([line for line, _ in rows]),
+        unit="line",
+        columns=(text_column,),
+    )
+    return check_texts(table, label_column)
+
+
+def _column_index(origin: str, header: Sequence[str], name: str) -> int:
+    """Where the one column of this name stands."""
+    if header.count(name) > 1:
+        raise DataError(f"{origin}: {header.count(name)} columns are called {name!r}; expected one")
+    if name not in header:
+        raise DataError(f"{origin}: {unknown_name('column', name, header)}")
+    return header.index(name)
 
 
 def _label_index(origin: str, header: Sequence[str], label_column: str) -> int:
@@ -120,8 +153,10 @@ def _number(cell: str, path: Path, line: int, column: str) -> float:
         raise DataError(f"{path}, line {line}, column {column!r}: got {cell!r}; expected a number") from None
 
 
-def read_parquet(path: Path, label_column: str) -> Tables:
+def read_parquet(path: Path, label_column: str, text_column: str | None = None) -> Tables:
     """One row per item; every column but the label's holds numbers. Needs the extra ``parquet``.
+
+    With a `text_column` the items are its texts and further columns do not count.
 
     Raises:
         FedmergeError: if the extra is not installed.
@@ -133,6 +168,8 @@ def read_parquet(path: Path, label_column: str) -> Tables:
 
     with _naming(path, "a parquet file"):
         frame = pd.read_parquet(path, engine="pyarrow")
+    if text_column is not None:
+        return {"train": frame_texts(frame, label_column, text_column, str(path))}
     return {"train": frame_table(frame, label_column, str(path))}
 
 
@@ -165,10 +202,29 @@ def frame_table(frame: pd.DataFrame, label_column: str, origin: str, numbers: In
     return check_table(table)
 
 
+def frame_texts(frame: pd.DataFrame, label_column: str, text_column: str, origin: str) -> Table:
+    """A table of texts from a data frame; further columns do not count.
+
+    Raises:
+        DataError: naming the first column or row that is wrong.
+    """
+    header = [str(column) for column in frame.columns]
+    texts, labels = (frame.iloc[:, _column_index(origin, header, name)] for name in (text_column, label_column))
+    whole = labels.dtype.kind in "buif"
+    table = Table(
+        origin=origin,
+        inputs=texts.fillna("").astype(str).to_numpy(dtype=np.str_),
+        labels=labels.to_numpy() if whole else labels.fillna("").astype(str).to_numpy(dtype=np.str_),
+        columns=(text_column,),
+    )
+    return check_texts(table, label_column)
+
+
 def _column(series: pd.Series[Any], origin: str, name: str) -> Any:
     if series.dtype.kind not in "buif":
         raise DataError(f"{origin}, column {name!r} holds {series.dtype}; expected numbers, or leave the column out")
     return series.to_numpy(dtype=np.float64, na_value=np.nan)
 
 
-READERS: dict[str, Callable[[Path, str], Tables]] = {".npz": read_npz, ".csv": read_csv, ".parquet": read_parquet}
+Reader = Callable[[Path, str, str | None], Tables]
+READERS: dict[str, Reader] = {".npz": read_npz, ".csv": read_csv, ".parquet": read_parquet}

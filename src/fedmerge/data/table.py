@@ -20,7 +20,7 @@ class Table:
 
     Attributes:
         origin: File or client and split, begins every message.
-        inputs: [n, ...] numbers.
+        inputs: [n, ...] numbers, or [n] texts.
         labels: [n] whole numbers or texts.
         numbers: [n] where each row stood; None for its place in the table.
         unit: What the numbers count: lines of a text file from 1, or rows from 0.
@@ -84,6 +84,22 @@ def check_table(table: Table) -> Table:
     return replace(table, inputs=inputs)
 
 
+def check_texts(table: Table, label_column: str = "label") -> Table:
+    """The table, if every row has a text and a label.
+
+    Raises:
+        DataError: naming the first row without one.
+    """
+    for name, column in (((table.columns or ("text",))[0], table.inputs), (label_column, table.labels)):
+        empty = [row for row, cell in enumerate(column) if isinstance(cell, str) and not cell.strip()]
+        if empty:
+            raise DataError(f"{table.at(empty[0])}, column {name!r} is empty; expected a text in every row")
+    if table.labels.dtype.kind == "f" and not np.isfinite(table.labels).all():
+        row = int(np.flatnonzero(~np.isfinite(table.labels))[0])
+        raise DataError(f"{table.at(row)}, column {label_column!r}: the label is missing; expected a class")
+    return table
+
+
 def _check_finite(table: Table, inputs: NDArray[np.float32]) -> None:
     bad = np.argwhere(~np.isfinite(inputs.reshape(len(inputs), math.prod(inputs.shape[1:]))))
     if len(bad):
@@ -108,12 +124,17 @@ def align_columns(tables: Sequence[Table]) -> list[Table]:
                 f"{table.origin} has not the columns of {first.origin}: without {missing}, besides {surplus}; "
                 "expected the same in every file"
             )
-        if (table.inputs.shape[1:], table.inputs.dtype) != (first.inputs.shape[1:], first.inputs.dtype):
+        if _kind_of(table.inputs) != _kind_of(first.inputs):
             raise DataError(
                 f"{table.origin}: inputs are {table.inputs.dtype} {list(table.inputs.shape[1:])}; expected "
                 f"{first.inputs.dtype} {list(first.inputs.shape[1:])} as in {first.origin}{_hint(first, table)}"
             )
     return [_reordered(table, first.columns) for table in tables]
+
+
+def _kind_of(inputs: NDArray[Any]) -> tuple[Any, ...]:
+    """What must be the same in every table: shape and type of an input; texts may be of any length."""
+    return ("texts",) if inputs.dtype.kind == "U" else (inputs.shape[1:], inputs.dtype)
 
 
 def _hint(first: Table, table: Table) -> str:

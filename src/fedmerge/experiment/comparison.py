@@ -139,7 +139,7 @@ def refuse_taken(names: Sequence[str], out: Path) -> None:
 def _rehearsed(jobs: Sequence[Job]) -> FederatedData:
     """The first seed's clients, after every run on them was prepared: what cannot start fails before any training."""
     first = jobs[0].config
-    data = load_data(first.source, first.partition, first.run.seed)
+    data = load_data(first.source, first.partition, first.run.seed, first.model)
     for config in (job.config for job in jobs if job.config.run.seed == first.run.seed):
         prepare(config.method, data, config.model, config.training, config.run)
     return data
@@ -151,7 +151,7 @@ def _one_by_one(jobs: Sequence[Job], data: FederatedData, out: Path, report: Rep
     for job in jobs:
         if job.config.run.seed != seed:
             seed = job.config.run.seed
-            data = load_data(job.config.source, job.config.partition, seed)
+            data = load_data(job.config.source, job.config.partition, seed, job.config.model)
         records.append(_run_here(job, data, out, report))
     return tuple(records)
 

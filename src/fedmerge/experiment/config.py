@@ -232,7 +232,7 @@ def _subtable(table: Mapping[str, Any], key: str, faults: list[str]) -> Table:
 
 
 def _chosen(kind: str, table: Mapping[str, Any], faults: list[str]) -> Any:
-    value = table.get(kind, _default(kind, _source_name(table)))
+    value = spelled_out(kind, table.get(kind, _default(kind, _source_name(table))))
     given: Table = {"name": value} if isinstance(value, str) else _subtable({kind: value}, kind, faults)
     if kind == "source" and given.get("name") == "folder":
         return build_options(FolderOptions, {k: v for k, v in given.items() if k != "name"}, "source", faults)
@@ -247,6 +247,19 @@ def _chosen(kind: str, table: Mapping[str, Any], faults: list[str]) -> Any:
     return _CHOICES[kind].build(
         given if "name" in given else {**_default(kind, _source_name(table)), **given}, kind, faults
     )
+
+
+def spelled_out(kind: str, value: Any) -> Any:
+    """``"hf:PATH"`` for a model, as its own value or as its name, is the table of a pretrained model at that path.
+
+    >>> spelled_out("model", "hf:minilm")
+    {'name': 'hf', 'path': 'minilm'}
+    """
+    name = value.get("name") if isinstance(value, Mapping) else value
+    if kind != "model" or not isinstance(name, str) or not name.startswith("hf:"):
+        return value
+    rest = dict(value) if isinstance(value, Mapping) else {}
+    return {**rest, "name": "hf", "path": name.removeprefix("hf:")}
 
 
 def _default(kind: str, source_name: Any) -> Table:

@@ -52,7 +52,7 @@ def execute_config(
         folder: Where to write the run; created, must be empty.
         watch: Called after every round.
     """
-    data = load_data(config.source, config.partition, config.run.seed) if data is None else data
+    data = load_data(config.source, config.partition, config.run.seed, config.model) if data is None else data
     return execute(
         config.method,
         data,
@@ -173,9 +173,8 @@ def _new_record(setup: Setup, data: FederatedData, model: Any, label: str) -> Ru
         setting=f"{data.source}, {_model_text(model)}, {setup.options.rounds} rounds, {_cohort_text(setup)}",
         data_sha256=data.sha256(),
         versions=versions(),
-        class_counts=tuple(
-            tuple(client.train.targets.bincount(minlength=data.num_classes).tolist()) for client in data.clients
-        ),
+        class_counts=data.class_counts(),
+        tasks=data.tasks,
     )
 
 

@@ -13,29 +13,39 @@ from torch import Tensor, nn
 from fedmerge.core.errors import FedmergeError, UsageError
 from fedmerge.core.protocol import Federation
 from fedmerge.core.randomness import fresh_module_randomness
-from fedmerge.core.vector import Layout
+from fedmerge.core.vector import Layout, twin
 from fedmerge.data import ClientData, Examples, FederatedData, FolderOptions, deal, from_folder
+from fedmerge.data.encoding import Encoder
 from fedmerge.models import accepted
 
 
-def load_data(source: Any, partition: Any, seed: int) -> FederatedData:
+def load_data(source: Any, partition: Any, seed: int, model: Any = None) -> FederatedData:
     """The clients that a configuration asks for.
 
     Args:
         source: A registered source or `FolderOptions`.
         partition: A registered partition; None for a folder.
         seed: Of the partition.
+        model: The network's recipe, whose encoder reads texts.
     """
+    encoder = encoder_of(model)
     if isinstance(source, FolderOptions):
-        return from_folder(source, seed=seed)
+        return from_folder(source, seed=seed, encoder=encoder)
     pool = source.load()
-    return deal(pool, partition.split(pool, seed))
+    return deal(pool, partition.split(pool, seed), encoder)
+
+
+def encoder_of(model: Any) -> Encoder | None:
+    """What makes texts into tokens for a network; None for networks that read numbers."""
+    return model.encoder() if hasattr(model, "encoder") else None
 
 
 def in_precision(data: FederatedData, dtype: torch.dtype) -> FederatedData:
-    """The same clients with inputs of another floating-point type."""
+    """The same clients with inputs of another floating-point type; whole numbers stay."""
 
     def cast(examples: Examples) -> Examples:
+        if not examples.inputs.is_floating_point():
+            return examples
         return Examples(examples.inputs.to(dtype), examples.targets)
 
     def cast_client(client: ClientData) -> ClientData:
@@ -71,7 +81,7 @@ def make_module(
     """
     with fresh_module_randomness(seed, "initial weights", draw):
         if isinstance(model, nn.Module):
-            module = copy.deepcopy(model) if draw == 0 else _redrawn(model)
+            module = _copied(model, dtype) if draw == 0 else _redrawn(model)
         else:
             module = _made(model, data)
     if not isinstance(module, nn.Module):
@@ -96,12 +106,17 @@ def _made(model: Any, data: FederatedData) -> Any:
         raise UsageError(f"model {name} could not be made: {type(error).__name__}: {error}") from error
 
 
+def _copied(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy that shares frozen parameters, unless they are to be of another type than the caller's."""
+    return copy.deepcopy(module) if dtype == torch.float64 else twin(module)
+
+
 def _redrawn(module: nn.Module) -> nn.Module:
     """A copy with fresh weights, by each layer's own ``reset_parameters``."""
-    twin = copy.deepcopy(module)
+    redrawn = copy.deepcopy(module)
     lacking = [
         name
-        for name, part in twin.named_modules()
+        for name, part in redrawn.named_modules()
         if any(True for _ in part.parameters(recurse=False)) and not hasattr(part, "reset_parameters")
     ]
     if lacking:
@@ -109,11 +124,11 @@ def _redrawn(module: nn.Module) -> nn.Module:
             f"this method starts from several draws, but {', '.join(repr(name) for name in lacking)} of your module "
             "has no reset_parameters(); give a function that makes a fresh module instead of a module"
         )
-    for part in twin.modules():
+    for part in redrawn.modules():
         reset = getattr(part, "reset_parameters", None)
         if callable(reset):
             reset()
-    return twin
+    return redrawn
 
 
 def drawer(model: Any, data: FederatedData, seed: int, layout: Layout, dtype: torch.dtype) -> Callable[[int], Tensor]:

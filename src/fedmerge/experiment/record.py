@@ -104,6 +104,7 @@ class RunRecord:
         seconds: Wall time of the whole run.
         rounds: In order; the last may be an unevaluated one if the run was interrupted.
         class_counts: [N][K] train examples of each class; None in runs written before this was kept.
+        tasks: [N] name of each client's task or domain; None where there is nothing to tell apart.
     """
 
     label: str
@@ -126,6 +127,7 @@ class RunRecord:
     finetuned_validation: Scores | None = None
     rounds: tuple[RoundRecord, ...] = ()
     class_counts: tuple[tuple[int, ...], ...] | None = None
+    tasks: tuple[str, ...] | None = None
 
     def evaluated(self) -> tuple[RoundRecord, ...]:
         """The rounds that carry scores."""

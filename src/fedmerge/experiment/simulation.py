@@ -36,7 +36,7 @@ from fedmerge.runtime import (
     run_round,
     score,
 )
-from fedmerge.training import Descent, LocalTraining, Tally, draw_batches, one_pass, rate_of_round
+from fedmerge.training import LocalTraining, Tally, draw_batches, one_pass, rate_of_round
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -111,8 +111,8 @@ def prepare(
     layout = layout_of(module, head=options.head, frozen=options.frozen)
     data = channels_last(in_precision(data, dtype))
     check_module(module, data, training)
-    descent = Descent(momentum=training.momentum, weight_decay=training.weight_decay)
-    engine = choose_engine(options.runtime, module, layout, descent, data)
+    _remember(module, data)
+    engine = choose_engine(options.runtime, module, layout, training.descent(), data)
     facts = federation_facts(data, layout)
     draw = drawer(model, data, options.seed, layout, dtype)
     played = keeping(algorithm, layout, options.keep)
@@ -127,6 +127,14 @@ def prepare(
     )
     setup = Setup(algorithm, played, data, module, layout, engine, training, options, facts)
     return setup, Progress(state, fleet, 0)
+
+
+def _remember(module: nn.Module, data: FederatedData) -> None:
+    """Lets a network with a frozen lower part compute that part's outputs once, in an order that is always the same."""
+    remember = getattr(module, "remember", None)
+    if callable(remember):
+        splits = ((client.train, client.validation, client.test) for client in data.clients)
+        remember(torch.cat([examples.inputs for three in splits for examples in three]))
 
 
 def cohort_of_round(options: RunOptions, num_clients: int, round_number: int) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import warnings
 from typing import Literal
@@ -13,10 +12,11 @@ from torch import Tensor, nn
 from fedmerge.core.errors import UsageError
 from fedmerge.core.protocol import Batches, Task
 from fedmerge.core.randomness import fresh_module_randomness
-from fedmerge.core.vector import Layout
+from fedmerge.core.vector import Layout, twin
 from fedmerge.data import ClientData, Examples, FederatedData
 from fedmerge.runtime import Engine, Sequential, Vectorised
 from fedmerge.training import Descent, LocalTraining, draw_batches
+from fedmerge.training.objective import CLASSES, TOKENS, Objective, classes_of_tasks
 from fedmerge.training.task import has_dropout, is_batch_coupled
 
 log = logging.getLogger(__name__)
@@ -36,16 +36,21 @@ def check_module(module: nn.Module, data: FederatedData, training: LocalTraining
         UsageError: if the forward pass fails on the smallest batch of the run, or gives something else than [B, K].
     """
     client = min(data.clients, key=lambda client: _smallest_batch(client, training))
-    inputs = client.train.inputs[: _smallest_batch(client, training)]
-    expected = (len(inputs), data.num_classes)
+    size = _smallest_batch(client, training)
+    inputs, targets = client.train.inputs[:size], client.train.targets[:size]
     for mode in (True, False):
         outputs = _outputs(module, inputs, training=mode, whose=client.name)
         shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
-        if shape != expected:
-            raise UsageError(
-                f"model {type(module).__name__} gives {shape} for {_text(inputs)}; "
-                f"expected a tensor {expected}: one number per example and class"
+        if data.kind == "classes":
+            fits = shape == (len(inputs), data.num_classes)
+            expected = f"a tensor {(len(inputs), data.num_classes)}: one number per example and class"
+        else:
+            fits = isinstance(shape, tuple) and len(shape) == 3 and shape[2] > int(targets.max())
+            expected = (
+                f"a tensor [{len(inputs)}, tokens, more than {int(targets.max())}]: one number per token and class"
             )
+        if not fits:
+            raise UsageError(f"model {type(module).__name__} gives {shape} for {_text(inputs)}; expected {expected}")
 
 
 def _smallest_batch(client: ClientData, training: LocalTraining) -> int:
@@ -54,10 +59,10 @@ def _smallest_batch(client: ClientData, training: LocalTraining) -> int:
 
 
 def _outputs(module: nn.Module, inputs: Tensor, *, training: bool, whose: str) -> object:
-    twin = copy.deepcopy(module).train(training)
+    tried = twin(module).train(training)
     try:
         with torch.no_grad(), fresh_module_randomness(0, "trial"):
-            return twin(inputs)
+            return tried(inputs)
     except Exception as error:  # a user's module may raise anything
         raise UsageError(
             f"model {type(module).__name__} cannot be {'trained on' if training else 'used for'} {_text(inputs)}, which"
@@ -85,10 +90,11 @@ def choose_engine(runtime: Runtime, module: nn.Module, layout: Layout, descent: 
     Raises:
         UsageError: if ``vectorised`` was asked for and does not give the sequential numbers.
     """
-    sequential = Sequential(module, layout, descent)
+    objective = objective_of(data)
+    sequential = Sequential(module, layout, descent, objective=objective)
     if runtime == "sequential" or (runtime == "auto" and not _is_faster_vectorised(module)):
         return sequential
-    vectorised = Vectorised(module, layout, descent)
+    vectorised = Vectorised(module, layout, descent, objective=objective)
     fault = _disagreement(vectorised, sequential, layout.read(module), _trial_batches(module, data))
     if fault is None:
         return vectorised
@@ -100,7 +106,16 @@ def choose_engine(runtime: Runtime, module: nn.Module, layout: Layout, descent: 
     return sequential
 
 
+def objective_of(data: FederatedData) -> Objective:
+    """What a network's outputs are held against on these clients."""
+    if data.kind != "classes":
+        return TOKENS
+    return classes_of_tasks(data.class_tasks) if len(set(data.class_tasks)) > 1 else CLASSES
+
+
 def _is_faster_vectorised(module: nn.Module) -> bool:
+    if any(not parameter.requires_grad for parameter in module.parameters()):
+        return False  # a frozen base: its products are large already
     convolutions = any(isinstance(part, nn.modules.conv._ConvNd) for part in module.modules())
     return not convolutions and not is_batch_coupled(module) and not has_dropout(module)
 

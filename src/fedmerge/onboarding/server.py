@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from fedmerge.core.errors import FedmergeError, UsageError
 from fedmerge.core.protocol import state_tensors
 from fedmerge.core.soup import merge, mixing
-from fedmerge.core.vector import Layout, layout_of
+from fedmerge.core.vector import Layout, layout_of, twin
 from fedmerge.data import ClientData, Examples, FederatedData, FolderOptions
 from fedmerge.data.form import InputForm
 from fedmerge.experiment.config import Config, build_config, read_toml
@@ -73,7 +72,7 @@ class Server:
 
     def module_of(self, params: Float[Tensor, " P"]) -> nn.Module:
         """A network with these parameters, in evaluation mode."""
-        module = copy.deepcopy(self.module)
+        module = twin(self.module)
         self.layout.write(params, module)
         return module.eval()
 
@@ -218,7 +217,7 @@ def _serving_of(folder: Path, config: Config | None) -> Serving:
             f"{folder} has neither serving.json nor config.toml, which say how its inputs are scaled; make the run "
             "again, or give the Run object itself in Python"
         )
-    form = load_data(config.source, config.partition, config.run.seed).form
+    form = load_data(config.source, config.partition, config.run.seed, config.model).form
     return Serving(recipe_table(config.model), config.training, config.run, form)
 
 

@@ -20,7 +20,7 @@ from fedmerge.onboarding.plan import Plan
 from fedmerge.onboarding.server import Server
 from fedmerge.onboarding.weights import Predict, Scored, learned_rows, scored
 from fedmerge.runtime import Sequential
-from fedmerge.training import Descent, draw_batches
+from fedmerge.training import draw_batches
 
 Way = Literal[
     "shrunk-weights", "weights", "uniform", "mean", "single", "nearest", "fine-tune", "weights-then-fine-tune"
@@ -203,7 +203,7 @@ def _tuned(fitting: Fitting, starts: dict[Way, Float[Tensor, "F G d"]], seed: in
         for fit, own in enumerate(sets)
     ]
     per_epoch = [len(batches) // EPOCHS[-1] for batches in steps]
-    descent = Descent(momentum=training.momentum, weight_decay=training.weight_decay)
+    descent = training.descent()
     # as quick as vectorised here, without the three seconds that torch.func.grad takes to import
     engine = Sequential(server.module_of(server.models[0]), server.layout, descent)
     params = list(torch.cat([server.merged(rows) for rows in starts.values()]))

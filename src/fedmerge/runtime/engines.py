@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from fedmerge.core.errors import UsageError
 from fedmerge.core.protocol import Batch, Batches, stack, take
 from fedmerge.core.vector import Layout
+from fedmerge.training.objective import CLASSES, Objective
 from fedmerge.training.sgd import Descent
 from fedmerge.training.task import (
     FunctionalTask,
@@ -59,11 +60,14 @@ class Sequential:
         module: The network.
         layout: Of the module.
         descent: The local optimiser.
+        objective: What outputs are held against.
     """
 
-    def __init__(self, module: nn.Module, layout: Layout, descent: Descent) -> None:
-        self._task = ModuleTask(module, layout, descent)
-        self._twin = ModuleTask(measuring_twin(module), layout, descent) if is_batch_coupled(module) else self._task
+    def __init__(self, module: nn.Module, layout: Layout, descent: Descent, *, objective: Objective = CLASSES) -> None:
+        self._task = ModuleTask(module, layout, descent, objective=objective)
+        self._twin = self._task
+        if is_batch_coupled(module):
+            self._twin = ModuleTask(measuring_twin(module), layout, descent, objective=objective)
 
     def map(self, function: ClientFunction, clients: Sequence[tuple[Any, ...]]) -> list[Any]:
         """Calls `function` client by client."""
@@ -85,21 +89,31 @@ class Vectorised:
         module: The network; without dropout.
         layout: Of the module.
         descent: The local optimiser.
+        objective: What outputs are held against.
         most: Clients in one chunk at most; by default 16 to 64, so that their vectors stay near the processor's caches.
 
     Raises:
         UsageError: for a network with dropout, whose draws would differ from the sequential ones.
     """
 
-    def __init__(self, module: nn.Module, layout: Layout, descent: Descent, *, most: int | None = None) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        layout: Layout,
+        descent: Descent,
+        *,
+        objective: Objective = CLASSES,
+        most: int | None = None,
+    ) -> None:
         if has_dropout(module):
             raise UsageError(
                 "runtime 'vectorised' cannot reproduce dropout (every client would draw another mask than alone); "
                 "use runtime 'sequential'"
             )
-        self._task = FunctionalTask(module, layout, descent)
-        self._paddable = not is_batch_coupled(module)
-        self._twin = self._task if self._paddable else FunctionalTask(measuring_twin(module), layout, descent)
+        self._task = FunctionalTask(module, layout, descent, objective=objective)
+        self._paddable, self._twin = not is_batch_coupled(module), self._task
+        if not self._paddable:
+            self._twin = FunctionalTask(measuring_twin(module), layout, descent, objective=objective)
         self._most = most or max(16, min(64, _CHUNK_NUMBERS // layout.num_params))
 
     def map(self, function: ClientFunction, clients: Sequence[tuple[Any, ...]]) -> list[Any]:

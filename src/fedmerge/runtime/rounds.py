@@ -114,7 +114,7 @@ class _OwnBuffers:
 
     def __init__(self, task: Task, buffers: Tensor, num_trainable: int) -> None:
         self._task, self._num_trainable = task, num_trainable
-        self.layout, self.losses = task.layout, task.losses
+        self.layout, self.losses, self.right = task.layout, task.losses, task.right
         self.buffers = buffers
 
     def _completed(self, params: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from fedmerge.core.options import check_options, option
 from fedmerge.core.protocol import Batch, Batches
 from fedmerge.core.randomness import generator
 from fedmerge.data.federated import Examples
+from fedmerge.training.sgd import Descent, Optimizer
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,11 @@ class LocalTraining:
     batch_size: int = option(32, at_least=1, help="examples per step")
     epochs: int = option(2, at_least=1, help="passes over the client's training data per round")
     steps: int | None = option(None, at_least=1, help="steps per round instead of epochs")
+    optimizer: Optimizer = option("sgd", help="local optimiser; adamw starts from empty moments in every round")
     momentum: float = option(0.0, at_least=0, below=1, help="of local SGD; starts from 0 in every round")
-    weight_decay: float = option(0.0, at_least=0, help="adds weight_decay * params to the gradient")
+    weight_decay: float = option(
+        0.0, at_least=0, help="adds weight_decay * params to the gradient (adamw: to the step)"
+    )
     schedule: Literal["constant", "cosine", "step"] = option("constant", help="learning rate over the rounds")
     decay_every: int = option(50, at_least=1, help="rounds between two drops of the step schedule")
     decay_factor: float = option(0.5, above=0, at_most=1, help="factor of one drop of the step schedule")
@@ -35,6 +39,12 @@ class LocalTraining:
         check_options(self)
         if self.steps is not None and self.epochs != LocalTraining.epochs:
             raise UsageError("LocalTraining.steps: got both steps and epochs; give one of them")
+        if self.optimizer == "adamw" and self.momentum:
+            raise UsageError("LocalTraining.momentum: got one for adamw, which has its own; leave it out")
+
+    def descent(self) -> Descent:
+        """The optimiser's constants."""
+        return Descent(momentum=self.momentum, weight_decay=self.weight_decay, optimizer=self.optimizer)
 
     def passes(self, num_examples: int) -> int:
         """Training examples one client goes through in a round."""
@@ -71,8 +81,10 @@ def _cut(examples: Examples, sizes: list[int], lr: float) -> Batches:
     """Batches of these sizes, one after another."""
     inputs, targets = torch.split(examples.inputs, sizes), torch.split(examples.targets, sizes)
     each = np.repeat(1 / np.array(sizes, dtype=np.float64), sizes)
-    weights = torch.split(torch.from_numpy(each).to(examples.inputs), sizes)
-    rate = torch.tensor(lr, dtype=examples.inputs.dtype, device=examples.inputs.device)
+    device = examples.inputs.device
+    dtype = examples.inputs.dtype if examples.inputs.is_floating_point() else torch.get_default_dtype()
+    weights = torch.split(torch.from_numpy(each).to(device, dtype), sizes)
+    rate = torch.tensor(lr, dtype=dtype, device=device)
     return tuple(Batch(x, y, weight, rate) for x, y, weight in zip(inputs, targets, weights, strict=True))
 
 

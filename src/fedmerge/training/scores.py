@@ -23,12 +23,16 @@ class Predictor(Protocol):
         """Loss of each example [B]."""
         ...
 
+    def right(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """How right each answer is, 0..1, [B]."""
+        ...
+
 
 class Tally(NamedTuple):
     """Sums over one client's examples.
 
     Attributes:
-        right: [] number of right answers.
+        right: [] sum of how right the answers are, 0..1 each.
         loss: [] sum of losses in nats.
         count: [] number of examples.
     """
@@ -44,7 +48,7 @@ def tally(task: Predictor, model: Personal, batches: Batches) -> Tally:
     for batch in batches:
         outputs = outputs_of(model, batch.inputs, task.predict)
         real = (batch.weight > 0).double()
-        right = (outputs.argmax(dim=1) == batch.targets).double()
+        right = task.right(outputs, batch.targets).double()
         losses = task.losses(outputs, batch.targets).double()
         sums = sums + torch.stack([(real * right).sum(), (real * losses).sum(), real.sum()])
     return Tally(sums[0], sums[1], sums[2])

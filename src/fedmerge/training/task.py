@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,20 +14,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call, grad
-from torch.nn import functional
 
 from fedmerge.core.protocol import Alter, Batch, Batches, Slope
-from fedmerge.core.vector import Layout
+from fedmerge.core.vector import Layout, twin
 from fedmerge.training import dense
+from fedmerge.training.objective import CLASSES, Criterion, Objective
 from fedmerge.training.sgd import Descent
-
-Criterion = Callable[[Tensor, Tensor], Tensor]
-"""(outputs [B, K], targets [B]) -> loss of each example [B]."""
-
-
-def cross_entropy(outputs: Float[Tensor, "B K"], targets: Tensor) -> Float[Tensor, " B"]:
-    """Cross-entropy of each example in nats."""
-    return functional.cross_entropy(outputs, targets, reduction="none")
 
 
 def is_batch_coupled(module: nn.Module) -> bool:
@@ -51,29 +42,35 @@ def _draws(part: nn.Module) -> bool:
 
 def measuring_twin(module: nn.Module) -> nn.Module:
     """A copy whose BatchNorm layers keep the statistics of the last batch instead of a running mean."""
-    twin = copy.deepcopy(module)
-    for part in twin.modules():
+    copied = twin(module)
+    for part in copied.modules():
         if isinstance(part, nn.modules.batchnorm._NormBase):
             part.momentum = 1.0
-    return twin
+    return copied
 
 
 def _weighted(criterion: Criterion, outputs: Tensor, batch: Batch) -> Tensor:
     return (criterion(outputs, batch.targets) * batch.weight).sum()
 
 
-# What both tasks do alike, given their `predict`, `gradient`, `_criterion` and `_descent`.
+# What both tasks do alike, given their `predict`, `gradient`, `_objective` and `_descent`.
 
 
 def _mean_loss(self: Any, params: Float[Tensor, " P"], batch: Batch) -> Tensor:
     """Mean loss of a batch in evaluation mode."""
-    return _weighted(self._criterion, self.predict(params, batch.inputs), batch)
+    return _weighted(self._objective.losses, self.predict(params, batch.inputs), batch)
 
 
 def _loss_of_each(self: Any, outputs: Float[Tensor, "B K"], targets: Tensor) -> Float[Tensor, " B"]:
     """Loss of each example."""
-    losses: Tensor = self._criterion(outputs, targets)
+    losses: Tensor = self._objective.losses(outputs, targets)
     return losses
+
+
+def _right_of_each(self: Any, outputs: Float[Tensor, "B K"], targets: Tensor) -> Float[Tensor, " B"]:
+    """How right each answer is, 0..1."""
+    right: Tensor = self._objective.right(outputs, targets)
+    return right
 
 
 def _trained(
@@ -133,17 +130,15 @@ class ModuleTask:
     """One reused module on flat buffers: no tensor is copied beyond the vector itself.
 
     Args:
-        module: Copied; the caller's stays as it is.
+        module: Copied but for frozen parameters, which are shared; the caller's stays as it is.
         layout: Of the module. Tensors of another dtype than the vector's are cast at every step.
         descent: The local optimiser.
-        criterion: Loss per example.
+        objective: What outputs are held against.
     """
 
-    def __init__(
-        self, module: nn.Module, layout: Layout, descent: Descent, *, criterion: Criterion = cross_entropy
-    ) -> None:
-        self.layout, self._descent, self._criterion = layout, descent, criterion
-        self._module = copy.deepcopy(module)
+    def __init__(self, module: nn.Module, layout: Layout, descent: Descent, *, objective: Objective = CLASSES) -> None:
+        self.layout, self._descent, self._objective = layout, descent, objective
+        self._module = twin(module)
         self._flat = layout.read(self._module)
         self._slope = torch.zeros_like(self._flat[: layout.num_trainable])
         self._slopes = layout.views(self._slope)
@@ -188,7 +183,7 @@ class ModuleTask:
         self._load(params, training=True)
         self._zero_slope()
         outputs = self._module(batch.inputs)
-        loss = _weighted(self._criterion, outputs if offset is None else outputs + offset, batch)
+        loss = _weighted(self._objective.losses, outputs if offset is None else outputs + offset, batch)
         loss.backward()  # type: ignore[no-untyped-call]
         return Slope(loss.detach(), self._read_slope(), self._read_buffers())
 
@@ -202,7 +197,7 @@ class ModuleTask:
         added: list[Tensor] = []
         with _before_head(self._module, self.layout.head_module, _altering(alter, extra, added)):
             outputs = self._module(batch.inputs)
-        loss = _weighted(self._criterion, outputs, batch) + torch.stack(added).sum()
+        loss = _weighted(self._objective.losses, outputs, batch) + torch.stack(added).sum()
         loss.backward()  # type: ignore[no-untyped-call]
         slope = torch.zeros_like(extra) if extra.grad is None else extra.grad
         return Slope(loss.detach(), self._read_slope(), self._read_buffers()), slope
@@ -225,6 +220,7 @@ class ModuleTask:
 
     loss = _mean_loss
     losses = _loss_of_each
+    right = _right_of_each
     train = _trained
     descend = _descended
 
@@ -233,19 +229,17 @@ class FunctionalTask:
     """The same numbers as `ModuleTask` without any state, for ``torch.func.vmap``.
 
     Args:
-        module: Copied; supplies the forward pass and the frozen parameters.
+        module: Copied but for frozen parameters; supplies them and the forward pass.
         layout: Of the module.
         descent: The local optimiser.
-        criterion: Loss per example.
+        objective: What outputs are held against.
     """
 
-    def __init__(
-        self, module: nn.Module, layout: Layout, descent: Descent, *, criterion: Criterion = cross_entropy
-    ) -> None:
-        self.layout, self._descent, self._criterion = layout, descent, criterion
-        self._training = copy.deepcopy(module).train()
-        self._evaluating = copy.deepcopy(module).eval()
-        self._chain = dense.chain_of(module, layout) if criterion is cross_entropy else None
+    def __init__(self, module: nn.Module, layout: Layout, descent: Descent, *, objective: Objective = CLASSES) -> None:
+        self.layout, self._descent, self._objective = layout, descent, objective
+        self._training = twin(module).train()
+        self._evaluating = twin(module).eval()
+        self._chain = dense.chain_of(module, layout) if objective is CLASSES else None
 
     def gradient(self, params: Float[Tensor, " P"], batch: Batch, offset: Tensor | None = None) -> Slope:
         """Loss, gradient [T] and new buffers [P − T] in training mode; `offset` [B, K] is added to the outputs."""
@@ -285,7 +279,7 @@ class FunctionalTask:
         def loss_of(tensors: dict[str, Tensor], extra: Tensor) -> tuple[Tensor, tuple[Tensor, dict[str, Tensor]]]:
             buffers = {name: tensor.clone() for name, tensor in held.items()}  # the forward pass writes into them
             outputs, added = outputs_of({**tensors, **buffers}, extra)
-            loss = _weighted(self._criterion, outputs, batch) + added
+            loss = _weighted(self._objective.losses, outputs, batch) + added
             return loss, (loss.detach(), {name: tensor.detach() for name, tensor in buffers.items()})
 
         (slopes, slope), (loss, buffers) = grad(loss_of, argnums=(0, 1), has_aux=True)(trainable, extra)
@@ -306,6 +300,7 @@ class FunctionalTask:
 
     loss = _mean_loss
     losses = _loss_of_each
+    right = _right_of_each
     train = _trained
     descend = _descended
 
