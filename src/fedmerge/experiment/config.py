@@ -50,6 +50,11 @@ class RunOptions:
         (), help="sub-modules whose parameters are trained and never leave their client; 'head' is the output layer"
     )
 
+    merging: Literal["auto", "factors", "product"] = option(
+        "auto",
+        help="how LoRA factors are averaged: each alone, or as products (auto: while the two differ by over 0.3)",
+    )
+
     def __post_init__(self) -> None:
         check_options(self)
 

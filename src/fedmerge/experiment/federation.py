@@ -146,4 +146,5 @@ def federation_facts(data: FederatedData, layout: Layout) -> Federation:
         norms=layout.norms,
         head_bias=layout.head_bias,
         groups=data.groups,
+        adapters=layout.has_adapters,
     )

@@ -105,6 +105,8 @@ class RunRecord:
         rounds: In order; the last may be an unevaluated one if the run was interrupted.
         class_counts: [N][K] train examples of each class; None in runs written before this was kept.
         tasks: [N] name of each client's task or domain; None where there is nothing to tell apart.
+        samples: What the clients' language models make of a few test prompts: client, task, prompt, completion, wanted;
+            None for other networks.
     """
 
     label: str
@@ -128,6 +130,7 @@ class RunRecord:
     rounds: tuple[RoundRecord, ...] = ()
     class_counts: tuple[tuple[int, ...], ...] | None = None
     tasks: tuple[str, ...] | None = None
+    samples: tuple[Mapping[str, str], ...] | None = None
 
     def evaluated(self) -> tuple[RoundRecord, ...]:
         """The rounds that carry scores."""

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from fedmerge.core.ensemble import Personal
 from fedmerge.core.errors import FedmergeError, UsageError
-from fedmerge.core.keeping import keeping
+from fedmerge.core.keeping import keeping, travelling
 from fedmerge.core.protocol import Algorithm, Batches, Federation
 from fedmerge.core.randomness import fresh_module_randomness, generator
+from fedmerge.core.spaces import in_space
 from fedmerge.core.vector import Layout, layout_of
 from fedmerge.data import FederatedData
 from fedmerge.experiment.config import RunOptions
@@ -115,7 +116,7 @@ def prepare(
     engine = choose_engine(options.runtime, module, layout, training.descent(), data)
     facts = federation_facts(data, layout)
     draw = drawer(model, data, options.seed, layout, dtype)
-    played = keeping(algorithm, layout, options.keep)
+    played = keeping(in_space(algorithm, travelling(layout, options.keep), options.merging), layout, options.keep)
     state = played.init(draw, facts, options.seed)
     start = draw(0)
     N = len(data.clients)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fedmerge.core.errors import FedmergeError, UsageError
-from fedmerge.core.protocol import state_tensors
+from fedmerge.core.protocol import SERVER_MODELS, state_tensors
 from fedmerge.core.soup import merge, mixing
 from fedmerge.core.vector import Layout, layout_of, twin
 from fedmerge.data import ClientData, Examples, FederatedData, FolderOptions
@@ -26,8 +26,6 @@ from fedmerge.experiment.record import RunRecord, read_run
 from fedmerge.experiment.serving import Serving, read_serving, recipe_table
 from fedmerge.models import NETWORKS
 
-_MODELS = ("soup.models", "averages.models", "models")
-"""Where states keep the server's models, by dotted field name."""
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
@@ -94,6 +92,7 @@ def server_of_outcome(outcome: Outcome) -> Server:
     serving = Serving(None, setup.training, setup.options, setup.data.form)
     _refuse_kept_parts(serving)
     tensors = state_tensors(outcome.selected.state)
+    tensors = {name.removeprefix("method."): tensor for name, tensor in tensors.items()}
     return _server(tensors, setup.module, setup.layout, serving, outcome.record)
 
 
@@ -118,6 +117,7 @@ def server_of_folder(folder: Path, model: Any = None) -> Server:
     except (SafetensorError, OSError, ValueError) as error:
         raise FedmergeError(f"{path} is damaged: {error}; the run cannot be used, make it again") from error
     state = {name.removeprefix("server."): tensor for name, tensor in tensors.items() if name.startswith("server.")}
+    state = {name.removeprefix("method."): tensor for name, tensor in state.items()}
     _refuse_without_models(state, record)
     config = _config_of(folder)
     serving = _serving_of(folder, config)
@@ -135,7 +135,7 @@ def server_of_folder(folder: Path, model: Any = None) -> Server:
 
 
 def _refuse_without_models(state: Mapping[str, Tensor], record: RunRecord) -> None:
-    if not any(name in state for name in _MODELS):
+    if not any(name in state for name in SERVER_MODELS):
         raise UsageError(
             f"method {record.method!r} keeps no whole models on the server, so there is nothing to start a new client "
             "from; give a run of fedmerge, fedavg, ifca or another method with server models"
@@ -157,7 +157,7 @@ def _refuse_damaged(state: Mapping[str, Tensor], record: RunRecord, path: Path) 
     Raises:
         FedmergeError: naming the tensor.
     """
-    name = next(name for name in _MODELS if name in state)
+    name = next(name for name in SERVER_MODELS if name in state)
     models = state[name]
     fits = models.dim() == 2 and len(models) > 0 and models.shape[1] == record.num_params
     if not fits or not models.is_floating_point():
@@ -191,7 +191,7 @@ def _server(
     label_column: str = "label",
 ) -> Server:
     _refuse_without_models(state, record)
-    models = next(state[name] for name in _MODELS if name in state)
+    models = next(state[name] for name in SERVER_MODELS if name in state)
     blocks = state.get("blocks", torch.tensor([[0, models.shape[1]]]))
     rows: Tensor | None = None
     if "soup.logits" in state:

@@ -3,5 +3,6 @@
 from fedmerge.report.page import write_report
 from fedmerge.report.table import Column, Table
 from fedmerge.report.tables import clients_frame, comparison_table, runs_frame
+from fedmerge.report.task_table import task_table
 
-__all__ = ["Column", "Table", "clients_frame", "comparison_table", "runs_frame", "write_report"]
+__all__ = ["Column", "Table", "clients_frame", "comparison_table", "runs_frame", "task_table", "write_report"]

@@ -8,16 +8,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from scipy import special
 
 from fedmerge.core.errors import UsageError
 from fedmerge.experiment.record import RunRecord
+from fedmerge.report.kinds import known_tasks
 from fedmerge.report.likeness import Likeness, likeness, nearest
 from fedmerge.report.statistics import FloatArray
 from fedmerge.report.study import Study, client_accuracies
+
+Name = TypeVar("Name", int, str)  # of a true group or of a task
 
 NAMED = 0.10  # weights below this are not named in words
 MOST = 3  # models of a client, clients of a model, classes of a model that are named
@@ -42,6 +45,7 @@ class Group(NamedTuple):
         models: That carry the group's mean row, heaviest first.
         true_groups: (true group, members of it), most members first; None where true groups are not known.
         accuracy: Mean test accuracy of the members; NaN without test items.
+        tasks: (task, members of it) likewise; None unless there are several tasks.
     """
 
     name: str
@@ -49,6 +53,7 @@ class Group(NamedTuple):
     models: tuple[Weight, ...]
     true_groups: tuple[tuple[int, int], ...] | None
     accuracy: float
+    tasks: tuple[tuple[str, int], ...] | None
 
 
 class ClassShare(NamedTuple):
@@ -70,6 +75,7 @@ class ModelUse(NamedTuple):
         classes: Classes that stand out among its users, the most over-represented first; None if not recorded.
         true_groups: (true group, its share of the model's weight), heaviest first; None if not known.
         accuracy: Mean test accuracy of its users; NaN without test items or users.
+        tasks: (task, its share of the model's weight), heaviest first; None unless there are several tasks.
     """
 
     model: int
@@ -79,6 +85,7 @@ class ModelUse(NamedTuple):
     classes: tuple[ClassShare, ...] | None
     true_groups: tuple[tuple[int, float], ...] | None
     accuracy: float
+    tasks: tuple[tuple[str, float], ...] | None
 
 
 class ClientUse(NamedTuple):
@@ -214,6 +221,17 @@ def class_shares(weights: FloatArray, counts: FloatArray) -> FloatArray:
         return np.asarray(mass / mass.sum(axis=1, keepdims=True))
 
 
+def tells_classes(run: RunRecord) -> bool:
+    """Whether there are classes to tell apart, and their counts were kept."""
+    return run.class_counts is not None and len(run.class_names) > 1
+
+
+def counted(run: RunRecord) -> str:
+    """What the class counts are of: ``examples``, or ``labels`` where an example has several."""
+    totals = [sum(counts) for counts in run.class_counts or ()]
+    return "labels" if any(total > size for total, size in zip(totals, run.num_train, strict=False)) else "examples"
+
+
 def client_use(explanation: Explanation, client: int) -> ClientUse:
     """What one client uses, and with whom."""
     mixing, local = explanation.mixing, explanation.local
@@ -282,17 +300,24 @@ def _mean(values: FloatArray, weights: FloatArray) -> float:
 
 
 def _group(index: int, members: tuple[int, ...], mixing: FloatArray, accuracy: FloatArray, run: RunRecord) -> Group:
-    chosen = list(members)
-    counted = None
-    if run.groups is not None:
-        true = [run.groups[client] for client in members]
-        counted = tuple(sorted(((group, true.count(group)) for group in set(true)), key=lambda pair: (-pair[1], pair)))
-    mean = _mean(accuracy[chosen], np.ones(len(chosen)))
-    return Group(group_name(index), members, heaviest(mixing[chosen].mean(axis=0)), counted, mean)
+    chosen, tasks = list(members), known_tasks(run)
+    return Group(
+        name=group_name(index),
+        members=members,
+        models=heaviest(mixing[chosen].mean(axis=0)),
+        true_groups=None if run.groups is None else _counted([run.groups[client] for client in members]),
+        accuracy=_mean(accuracy[chosen], np.ones(len(chosen))),
+        tasks=None if tasks is None else _counted([tasks[client] for client in members]),
+    )
+
+
+def _counted(names: Sequence[Name]) -> tuple[tuple[Name, int], ...]:
+    """Each name and how often it occurs, the commonest first."""
+    return tuple(sorted(((name, names.count(name)) for name in set(names)), key=lambda pair: (-pair[1], pair[0])))
 
 
 def _model_use(model: int, mixing: FloatArray, accuracy: FloatArray, run: RunRecord) -> ModelUse:
-    weights = mixing[:, model]
+    weights, tasks = mixing[:, model], known_tasks(run)
     users = [int(i) for i in np.argsort(-weights, kind="stable")[:MOST] if weights[i] >= NAMED]
     counts = None if run.class_counts is None else np.array(run.class_counts, dtype=np.float64)
     return ModelUse(
@@ -301,18 +326,19 @@ def _model_use(model: int, mixing: FloatArray, accuracy: FloatArray, run: RunRec
         heaviest_of=int((mixing.argmax(axis=1) == model).sum()),
         clients=tuple((client, float(weights[client])) for client in users),
         classes=None if counts is None else _standing_out(weights, counts),
-        true_groups=None if run.groups is None else _by_true_group(weights, run.groups),
+        true_groups=None if run.groups is None else _shared_out(weights, run.groups),
         accuracy=_mean(accuracy, weights),
+        tasks=None if tasks is None else _shared_out(weights, tasks),
     )
 
 
-def _by_true_group(weights: FloatArray, groups: Sequence[int]) -> tuple[tuple[int, float], ...]:
-    """(true group, share) of a model's weight; empty for a model without any."""
+def _shared_out(weights: FloatArray, names: Sequence[Name]) -> tuple[tuple[Name, float], ...]:
+    """(name, its clients' share) of a model's weight, heaviest first; empty for a model without any."""
     total = float(weights.sum())
     if total <= 0:
         return ()
-    sums = {group: float(weights[np.array(groups) == group].sum()) / total for group in sorted(set(groups))}
-    return tuple(sorted(((g, s) for g, s in sums.items() if s > 0), key=lambda pair: (-pair[1], pair[0])))
+    sums = {name: float(weights[[own == name for own in names]].sum()) / total for name in sorted(set(names))}
+    return tuple(sorted(((name, share) for name, share in sums.items() if share > 0), key=lambda p: (-p[1], p[0])))
 
 
 def _standing_out(weights: FloatArray, counts: FloatArray) -> tuple[ClassShare, ...]:

@@ -9,13 +9,15 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.cluster import hierarchy
 
-from fedmerge.report.explain import Explanation, class_shares
+from fedmerge.experiment.record import RunRecord
+from fedmerge.report.explain import Explanation, ModelUse, class_shares, counted, tells_classes
+from fedmerge.report.kinds import Kinds, class_tasks, kinds_of
 from fedmerge.report.likeness import TOGETHER
 from fedmerge.report.markup import Markup, element, join, shorten
 from fedmerge.report.statistics import FloatArray, overlap
 from fedmerge.report.svg import CHARACTER, COLOURS, WIDTH, Figure, Scale, drawing, line, path, text, tip, x_axis
 from fedmerge.report.text import percent, percent_tick, plural
-from fedmerge.report.weights import ROWS, Bin, Grid, binned, bins, row_names, scale_bar
+from fedmerge.report.weights import ROWS, Bin, Grid, binned, bins, marked_names, row_names, scale_bar
 
 LEAVES = 80  # more clients than this have no room for a leaf each
 NAME = 16
@@ -23,8 +25,9 @@ MARKED = 20  # more groups than this may share the rows of a map, and are not ma
 CROWDED_ROWS = 36  # of a map whose rows are shared anyway: every cell is an element of the page
 CLASSES = 30  # of more classes, those that differ most between models are shown
 FAINTER = 0.45  # most classes are rare at most models: what is missing must not outshine what is there
-STRIP = 8.0  # width of the marks of true groups
-LISTED = 2 * COLOURS  # true groups that can be told apart by colour: every colour full and pale
+STRIP = 8.0  # width of the marks of tasks or true groups
+LISTED = 2 * COLOURS  # kinds that can be told apart by colour: every colour full and pale
+KEY_LINE = 22.0
 
 
 def dendrogram(explanation: Explanation) -> Figure | None:
@@ -34,10 +37,10 @@ def dendrogram(explanation: Explanation) -> Figure | None:
         return None
     run = explanation.run
     names = [shorten(run.client_names[client], NAME) for client in order]
-    known = run.groups is not None
-    left = 10 + CHARACTER * max(map(len, names)) + (STRIP + 6) * known
-    key = _key(explanation)
-    top, step = 12.0 + 22 * known, 18.0 if len(order) <= 24 else 14.0
+    kinds = kinds_of(run)
+    left = 10 + CHARACTER * max(map(len, names)) + (STRIP + 6) * (kinds is not None)
+    key, used = _key(kinds)
+    top, step = 12.0 + used, 18.0 if len(order) <= 24 else 14.0
     bottom = top + step * len(order)
     x = Scale(0.0, 1.0, WIDTH - 34, left)
     svg = drawing(
@@ -49,7 +52,7 @@ def dendrogram(explanation: Explanation) -> Figure | None:
         line(x(TOGETHER), top, x(TOGETHER), bottom, "threshold"),
         *_branches(tree, x, top, step),
         *(
-            _leaf(explanation, client, name, left, top + step * (place + 0.5))
+            _leaf(run.client_names[client], name, kinds, client, left, top + step * (place + 0.5))
             for place, (client, name) in enumerate(zip(order, names, strict=True))
         ),
     )
@@ -82,37 +85,38 @@ def _branches(tree: FloatArray, x: Scale, top: float, step: float) -> list[Marku
     ]
 
 
-def _leaf(explanation: Explanation, client: int, name: str, left: float, y: float) -> Markup:
-    groups = explanation.run.groups
+def _leaf(whole: str, name: str, kinds: Kinds | None, client: int, left: float, y: float) -> Markup:
     label = text(0, y + 4.5, name, class_="tick")
-    if groups is None:
+    if kinds is None:
         return label
-    words = tip(f"{explanation.run.client_names[client]}: true group {groups[client]}")
-    class_ = f"mark {_paint(_true_groups(explanation).index(groups[client]))}"
-    dot = element("circle", words, cx=left - STRIP - 1, cy=y, r=4.0, class_=class_)
+    index = kinds.of[client]
+    words = tip(f"{whole}: {kinds.title.lower()} {kinds.short[index]}")
+    dot = element("circle", words, cx=left - STRIP - 1, cy=y, r=4.0, class_=f"mark {_paint(index)}")
     return join(label, dot)
 
 
-def _true_groups(explanation: Explanation) -> list[int]:
-    return sorted(set(explanation.run.groups or ()))
-
-
 def _paint(index: int) -> str:
-    """Classes of a true group's colour: the second seven are the first ones, pale."""
+    """Classes of a kind's colour: the second seven are the first ones, pale."""
     return f"c{index % COLOURS}" + (" pale" if index // COLOURS % 2 else "")
 
 
-def _key(explanation: Explanation) -> Markup | None:
-    """What the colours of true groups are; None if they are not known, or for want of room."""
-    found = _true_groups(explanation)
-    if not found or len(found) > LISTED:
-        return None
-    parts, x = [text(0, 13, "True group", class_="axis")], 92.0
-    for index, group in enumerate(found):
-        parts.append(element("circle", cx=x, cy=8.5, r=4.0, class_=f"mark {_paint(index)}"))
-        parts.append(text(x + 8, 13, group, class_="tick"))
-        x += 18 + CHARACTER * len(str(group))
-    return join(*parts)
+def _key(kinds: Kinds | None) -> tuple[Markup | None, float]:
+    """What the colours of tasks or true groups are, and the height it takes; None for want of kinds or of room."""
+    if kinds is None:
+        return None, 0.0
+    if len(kinds.names) > LISTED:
+        return None, KEY_LINE
+    first = 18 + CHARACTER * len(kinds.title)
+    parts, x, y = [text(0, 13, kinds.title, class_="axis")], first, 13.0
+    for index, name in enumerate(kinds.short):
+        shown = shorten(name, NAME)
+        width = 22 + CHARACTER * len(shown)
+        if x > first and x + width > WIDTH:
+            x, y = first, y + KEY_LINE
+        parts.append(element("circle", cx=x, cy=y - 4.5, r=4.0, class_=f"mark {_paint(index)}"))
+        parts.append(text(x + 8, y, shown, class_="tick"))
+        x += width
+    return join(*parts), y + KEY_LINE - 13
 
 
 def likeness_map(explanation: Explanation) -> Figure | None:
@@ -123,8 +127,8 @@ def likeness_map(explanation: Explanation) -> Figure | None:
     rows = bins(explanation.likeness.order, explanation.group_of if apart else None, limit)
     if len(rows) < 2 or mixing.shape[1] == 1:
         return None
-    known = run.groups is not None
-    left = 4 + (STRIP + 4) * known
+    kinds = kinds_of(run)
+    left = 4 + (STRIP + 4) * (kinds is not None)
     step = min((WIDTH - left - 40) / len(rows), 26.0)
     grid = Grid(left, 28, step, step)
     svg = drawing(
@@ -132,61 +136,59 @@ def likeness_map(explanation: Explanation) -> Figure | None:
         f"Weight that {plural(len(mixing), 'client')} share with each other",
         scale_bar(),
         grid.heat(overlap(binned(mixing, rows)), lambda i, j: f"{row_names(run, rows[i])}, {row_names(run, rows[j])}"),
-        grid.group_marks(rows, len(rows), lambda index: explanation.groups[index].name),
-        *_strips(explanation, rows, grid),
+        grid.group_marks(rows, len(rows), [group.name for group in explanation.groups]),
+        *_strips(run, kinds, rows, grid),
     )
     most = max(len(row.members) for row in rows)
     crowd = "" if most == 1 else f" Up to {most} clients share a row, which shows their mean."
-    strip = " At the left: the true group, of a shared row the commonest." if known else ""
+    strip = "" if kinds is None else f" At the left: the {kinds.title.lower()}, of a shared row the commonest."
     return Figure(
         "How alike any two clients are", svg, f"Weight on the same models, ordered by likeness.{crowd}{strip}"
     )
 
 
-def _strips(explanation: Explanation, rows: Sequence[Bin], grid: Grid) -> list[Markup]:
-    """The true group of every row, the commonest one of its clients; nothing if they are not known."""
-    if explanation.run.groups is None:
+def _strips(run: RunRecord, kinds: Kinds | None, rows: Sequence[Bin], grid: Grid) -> list[Markup]:
+    """The task or true group of every row, the commonest one of its clients; nothing if they are not known."""
+    if kinds is None:
         return []
-    true = [Counter(sorted(explanation.run.groups[client] for client in row.members)).most_common(1) for row in rows]
-    known = _true_groups(explanation)
+    found = [Counter(sorted(kinds.of[client] for client in row.members)).most_common(1)[0][0] for row in rows]
     return [
         element(
             "rect",
-            tip(f"{row_names(explanation.run, row)}: true group {group}"),
+            tip(f"{row_names(run, row)}: {kinds.title.lower()} {kinds.short[index]}"),
             x=2.0,
             y=grid.top + grid.height * place,
             width=STRIP,
             height=grid.height,
-            class_=f"strip {_paint(known.index(group))}",
+            class_=f"strip {_paint(index)}",
         )
-        for place, (row, ((group, _),)) in enumerate(zip(rows, true, strict=True))
+        for place, (row, index) in enumerate(zip(rows, found, strict=True))
     ]
 
 
 def model_use(explanation: Explanation) -> Figure:
-    """A bar per model: its share of all clients' weight, by true group where known."""
-    models = explanation.models
-    known = explanation.run.groups is not None
-    top, step = 12.0 + 22 * known, 24.0
+    """A bar per model: its share of all clients' weight, by task or true group where known."""
+    models, kinds = explanation.models, kinds_of(explanation.run)
+    key, used = _key(kinds)
+    top, step = 12.0 + used, 24.0
     longest = max(*(use.share for use in models), 0.02)
     x = Scale(0.0, longest, 66, WIDTH - 165)
-    rows = [_use_row(explanation, index, x, top + step * index) for index in range(len(models))]
+    rows = [_use_row(use, kinds, x, top + step * index) for index, use in enumerate(models)]
     bottom = top + step * len(models)
     spoken = ", ".join(f"model {use.model} {percent(use.share)}" for use in models)
-    svg = drawing(bottom + 4, f"Share of all weight in percent: {spoken}", _key(explanation), *rows)
-    parts = "Colours: the true groups of its users. " if known else ""
+    svg = drawing(bottom + 4, f"Share of all weight in percent: {spoken}", key, *rows)
+    parts = "" if kinds is None else f"Colours: the {kinds.title.lower()}s of its users. "
     caption = f"{parts}Percent of all clients' weight, and how many clients have it as their heaviest model."
     return Figure("Who uses each model", svg, caption)
 
 
-def _use_row(explanation: Explanation, index: int, x: Scale, y: float) -> Markup:
-    use, known = explanation.models[index], _true_groups(explanation)
+def _use_row(use: ModelUse, kinds: Kinds | None, x: Scale, y: float) -> Markup:
     parts, at = [], 0.0
-    for group, share in sorted(use.true_groups) if use.true_groups is not None else ((None, 1.0),):
+    for index, share in _by_kind(use, kinds):
         width = use.share * share
-        whose = "" if group is None else f", group {group}"
+        whose = "" if kinds is None else f", {kinds.names[index]}"
         words = tip(f"Model {use.model}{whose}: {percent(width)} % of all weight")
-        class_ = f"box {_paint(0 if group is None else known.index(group))}"
+        class_ = f"box {_paint(index)}"
         parts.append(element("rect", words, x=x(at), y=y + 3, width=x(width) - x(0), height=16.0, class_=class_))
         at += width
     name = text(0, y + 15, f"Model {use.model}", class_="tick")
@@ -194,19 +196,27 @@ def _use_row(explanation: Explanation, index: int, x: Scale, y: float) -> Markup
     return join(name, *parts, text(x(use.share) + 8, y + 15, value, class_="value"))
 
 
+def _by_kind(use: ModelUse, kinds: Kinds | None) -> list[tuple[int, float]]:
+    """(kind, its share of the model's weight) in the order of the kinds; all of it in one part where none is known."""
+    if kinds is None:
+        return [(0, 1.0)]
+    found = (use.tasks if kinds.are_tasks else use.true_groups) or ()
+    return sorted((kinds.short.index(str(name)), share) for name, share in found)
+
+
 def class_map(explanation: Explanation) -> Figure | None:
-    """Classes by models: more or less frequent among a model's users than on average; None without class counts."""
+    """Classes by models: more or less frequent among a model's users than on average.
+
+    None without class counts, for a single class, or for a single model.
+    """
     run = explanation.run
-    if run.class_counts is None or explanation.mixing.shape[1] == 1:
+    if not tells_classes(run) or explanation.mixing.shape[1] == 1:
         return None
-    counts = np.array(run.class_counts, dtype=np.float64)
-    everywhere = class_shares(np.ones((len(counts), 1)), counts)[0]
-    users = class_shares(explanation.mixing, counts)
+    users, everywhere = _class_shares(explanation)
     shown = _most_different(users, everywhere)
-    names = [shorten(run.class_names[k], NAME) for k in shown]
+    names, rows, marks, room = _class_rows(run, shown)
     left, models = 10 + CHARACTER * max(map(len, names)), len(users)
-    grid = Grid(left, 42, min((WIDTH - left - 8) / models, 90.0), 14.0 if len(shown) > 12 else 18.0)
-    ratio = np.divide(users, everywhere, out=np.ones_like(users), where=(everywhere > 0) & ~np.isnan(users))
+    grid = Grid(left, 42, min((WIDTH - left - room) / models, 90.0), 14.0 if len(shown) > 12 else 18.0)
     heads = [text(left + grid.width * (j + 0.5), 36, j, anchor="middle", class_="tick") for j in range(models)]
     svg = drawing(
         grid.top + grid.height * len(shown) + 8,
@@ -215,24 +225,55 @@ def class_map(explanation: Explanation) -> Figure | None:
         _ratio_bar(),
         *heads[:: -(-models // 20)],
         *(text(0, grid.top + grid.height * (i + 0.5) + 4.5, name, class_="tick") for i, name in enumerate(names)),
-        *(
-            _ratio_cell(grid, row, j, float(ratio[j, k]), f"{run.class_names[k]}, model {j}: {percent(users[j, k])} %")
-            for row, k in enumerate(shown)
-            for j in range(models)
-        ),
+        *_ratio_cells(grid, shown, run.class_names, users, everywhere),
+        grid.group_marks(rows, models, marks),
     )
     few = "" if len(shown) == len(everywhere) else f" The {len(shown)} of {len(everywhere)} classes that differ most."
     caption = (
-        "Train examples of a class among a model's users, each counting with its weight, against the federation: blue "
-        f"is more, orange less.{few}"
+        f"Train {counted(run)} of a class among a model's users, each counting with its weight, against the "
+        f"federation: blue is more, orange less.{few}"
     )
     return Figure("What each model sees", svg, caption)
+
+
+def _class_shares(explanation: Explanation) -> tuple[FloatArray, FloatArray]:
+    """[d, K] share of each class among the users of a model, and [K] in the federation."""
+    counts = np.array(explanation.run.class_counts, dtype=np.float64)
+    return class_shares(explanation.mixing, counts), class_shares(np.ones((len(counts), 1)), counts)[0]
+
+
+def _class_rows(run: RunRecord, shown: Sequence[int]) -> tuple[list[str], list[Bin], tuple[str, ...], float]:
+    """Names of classes, the rows that they stand in by task, the names of the tasks, and the room that those take.
+
+    Where every class is called after its task, ``topic: business``, the task is said once for all of them.
+    """
+    names, tasks = [run.class_names[k] for k in shown], class_tasks(run)
+    after = [task for task in (tasks[k] for k in shown) if task is not None]
+    if len(after) < len(shown):
+        return [shorten(name, NAME) for name in names], [Bin((k,), None) for k in shown], (), 8.0
+    order = list(dict.fromkeys(after))
+    marks, room = marked_names(order)
+    rows = [Bin((k,), order.index(task)) for k, task in zip(shown, after, strict=True)]
+    plain = [name.removeprefix(f"{task}: ") for name, task in zip(names, after, strict=True)]
+    return [shorten(name, NAME) for name in plain], rows, marks, room
 
 
 def _most_different(users: FloatArray, everywhere: FloatArray) -> list[int]:
     """Up to 30 classes, in their own order, whose share among some model's users is farthest from the federation's."""
     apart = np.nan_to_num(np.abs(users - everywhere)).max(axis=0)
     return sorted(np.argsort(-apart, kind="stable")[:CLASSES].tolist())
+
+
+def _ratio_cells(
+    grid: Grid, shown: Sequence[int], names: Sequence[str], users: FloatArray, everywhere: FloatArray
+) -> list[Markup | None]:
+    """A cell for every class that is shown and every model."""
+    ratio = np.divide(users, everywhere, out=np.ones_like(users), where=(everywhere > 0) & ~np.isnan(users))
+    return [
+        _ratio_cell(grid, row, j, float(ratio[j, k]), f"{names[k]}, model {j}: {percent(users[j, k])} %")
+        for row, k in enumerate(shown)
+        for j in range(len(users))
+    ]
 
 
 def _ratio_cell(grid: Grid, row: int, column: int, ratio: float, words: str) -> Markup | None:

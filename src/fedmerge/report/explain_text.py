@@ -7,20 +7,25 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from fedmerge.experiment.record import RunRecord
 from fedmerge.report.explain import (
     MOST,
     STANDS_OUT,
+    ClassShare,
     ClientUse,
     Explanation,
     Group,
     ModelUse,
     Weight,
     client_use,
+    counted,
     effective_models,
     near_equal_models,
+    tells_classes,
     undecided_clients,
     unused_models,
 )
+from fedmerge.report.kinds import class_tasks, known_tasks, other_groups
 from fedmerge.report.likeness import TOGETHER
 from fedmerge.report.markup import shorten
 from fedmerge.report.table import Cell, Column, Table
@@ -75,13 +80,19 @@ def _single_group(explanation: Explanation) -> str:
 
 def _group_sentence(explanation: Explanation, group: Group) -> str:
     share = model_words(group.models)
-    true = f" True groups: {_true_counts(group)}." if group.true_groups is not None else ""
-    return f"Group {group.name}: {_few(explanation, group.members)} share {share}.{true}"
+    tasks = f" Tasks: {_counts(group.tasks)}." if group.tasks is not None else ""
+    true = f" True groups: {_true_counts(group)}." if other_groups(explanation.run) is not None else ""
+    return f"Group {group.name}: {_few(explanation, group.members)} share {share}.{tasks}{true}"
 
 
 def _true_counts(group: Group) -> str:
-    counts = [f"{count} of group {true}" for true, count in (group.true_groups or ())[:MOST]]
-    more = len(group.true_groups or ()) - len(counts)
+    return _counts([(f"group {true}", count) for true, count in group.true_groups or ()])
+
+
+def _counts(found: Sequence[tuple[str, int]]) -> str:
+    """The commonest of what members are, with how many are: ``4 of spam and 1 of topic``."""
+    counts = [f"{count} of {name}" for name, count in found[:MOST]]
+    more = len(found) - len(counts)
     return listed([*counts, f"{more} more"] if more else counts)
 
 
@@ -143,7 +154,9 @@ def client_sentence(explanation: Explanation, client: int) -> str:
     """Everything about one client in a sentence or two."""
     use = client_use(explanation, client)
     name = explanation.run.client_names[client]
-    said = f"{name} {client_phrase(explanation, use)}; group {use.group}, {use.effective:.1f} models in effect."
+    tasks = known_tasks(explanation.run)
+    task = "" if tasks is None else f"task {tasks[client]}, "
+    said = f"{name} {client_phrase(explanation, use)}; {task}group {use.group}, {use.effective:.1f} models in effect."
     if not math.isnan(use.accuracy):
         said += f" Test accuracy {percent(use.accuracy)} %"
         said += "." if math.isnan(use.gain) else f", {points(use.gain)} points to training alone."
@@ -155,11 +168,12 @@ def client_table(explanation: Explanation, most: int | None = None) -> Table:
     shown = explanation.likeness.order[:most]
     uses = [client_use(explanation, client) for client in shown]
     models = explanation.mixing.shape[1]
-    run = explanation.run
+    run, tasks, groups = explanation.run, known_tasks(explanation.run), other_groups(explanation.run)
     columns = (
         Column("Client", "text"),
+        *((Column("Task", "text"),) if tasks is not None else ()),
         Column("Found", "text", "the group that its weights put it in"),
-        *((Column("True group", "whole"),) if run.groups is not None else ()),
+        *((Column("True group", "whole"),) if groups is not None else ()),
         Column("In words", "text", "models of a tenth or more; up to three clients that share half of the weight"),
         Column("Effective models", "ratio", "exponential of the entropy of its weights"),
         Column("Test (%)", "percent", "accuracy"),
@@ -169,8 +183,9 @@ def client_table(explanation: Explanation, most: int | None = None) -> Table:
     rows: list[tuple[Cell, ...]] = [
         (
             run.client_names[use.client],
+            *((tasks[use.client],) if tasks is not None else ()),
             use.group,
-            *((run.groups[use.client],) if run.groups is not None else ()),
+            *((groups[use.client],) if groups is not None else ()),
             client_phrase(explanation, use),
             use.effective,
             use.accuracy,
@@ -187,11 +202,12 @@ def client_table(explanation: Explanation, most: int | None = None) -> Table:
 
 def group_table(explanation: Explanation) -> Table:
     """A row per group, in the order of the tree."""
-    known = explanation.run.groups is not None
+    known, tasks = other_groups(explanation.run) is not None, known_tasks(explanation.run) is not None
     columns = (
         Column("Group", "text"),
         Column("Clients", "whole"),
         Column("Shared models", "text", "mean weights of a tenth or more"),
+        *((Column("Tasks", "text", "members of each"),) if tasks else ()),
         *((Column("True groups", "text", "members of each"),) if known else ()),
         Column("Members", "text"),
         Column("Test (%)", "percent", "accuracy, mean over members"),
@@ -201,6 +217,7 @@ def group_table(explanation: Explanation) -> Table:
             group.name,
             len(group.members),
             _brief(group.models),
+            *((_counts(group.tasks),) if group.tasks is not None else ()),
             *((_true_counts(group),) if known else ()),
             _few(explanation, group.members),
             group.accuracy,
@@ -220,15 +237,17 @@ def _who(explanation: Explanation) -> str:
 
 
 def model_table(explanation: Explanation) -> Table:
-    """A row per model: how much it is used, by whom, for which classes and how well."""
+    """A row per model: how much it is used, by whom, for which tasks and classes and how well."""
     run = explanation.run
+    known, classes = other_groups(run) is not None, tells_classes(run)
     columns = (
         Column("Model", "text"),
         Column("Use (%)", "percent", "share of all clients' weight"),
         Column("Heaviest of", "whole", "clients that give no model more weight"),
+        *((Column("Tasks", "text", "their shares of the model's weight"),) if known_tasks(run) is not None else ()),
         Column("Heaviest users", "text", "up to three clients and the weight they give it, of a tenth or more"),
-        *_classes_column(explanation),
-        *((Column("True groups", "text", "their shares of the model's weight"),) if run.groups is not None else ()),
+        *((_classes_column(run),) if classes else ()),
+        *((Column("True groups", "text", "their shares of the model's weight"),) if known else ()),
         Column("Test (%)", "percent", "accuracy of its users, each counting with its weight"),
     )
     rows: list[tuple[Cell, ...]] = [
@@ -236,9 +255,10 @@ def model_table(explanation: Explanation) -> Table:
             f"{use.model}",
             use.share,
             use.heaviest_of,
+            *((_composition(use.tasks),) if use.tasks is not None else ()),
             _users(explanation, use),
-            *((_classes(explanation, use),) if use.classes is not None else ()),
-            *((_composition(use),) if use.true_groups is not None else ()),
+            *((_classes(run, use),) if classes else ()),
+            *((_composition(use.true_groups),) if known and use.true_groups is not None else ()),
             use.accuracy,
         )
         for use in explanation.models
@@ -253,14 +273,12 @@ _NO_CLASSES = (
 )
 
 
-def _classes_column(explanation: Explanation) -> tuple[Column, ...]:
-    if explanation.run.class_counts is None:
-        return ()
+def _classes_column(run: RunRecord) -> Column:
     meaning = (
-        f"at least {STANDS_OUT:g} times as frequent among its users' train examples as in the federation, and by more "
-        "than three standard errors of as many examples drawn by chance"
+        f"at least {STANDS_OUT:g} times as frequent among its users' train {counted(run)} as in the federation, "
+        "and by more than three standard errors of as many drawn by chance"
     )
-    return (Column("Classes that stand out", "text", meaning),)
+    return Column("Classes that stand out", "text", meaning)
 
 
 def _users(explanation: Explanation, use: ModelUse) -> str:
@@ -269,18 +287,39 @@ def _users(explanation: Explanation, use: ModelUse) -> str:
     return ", ".join(f"{name} ({share})" for name, share in zip(names, shares, strict=True)) or NOTHING
 
 
-def _classes(explanation: Explanation, use: ModelUse) -> str:
-    named = [
-        f"{shorten(explanation.run.class_names[found.class_index], LONGEST)} ({found.times:.1f} ×)"
-        for found in (use.classes or ())[:MOST]
-    ]
-    more = len(use.classes or ()) - len(named)
+def _classes(run: RunRecord, use: ModelUse) -> str:
+    """The classes that stand out most; those of a task as one where they are all of it, or many."""
+    words = _class_words(run, use.classes or ())
+    more = sum(count for _, count in words[MOST:])
+    named = [text for text, _ in words[:MOST]]
     return ", ".join([*named, f"{more} more"] if more else named) or NOTHING
 
 
-def _composition(use: ModelUse) -> str:
-    """True groups that hold a twentieth of the model's weight or more."""
-    named = [f"{group} ({whole_percent(share)})" for group, share in use.true_groups or () if share >= 0.05]
+def _class_words(run: RunRecord, found: Sequence[ClassShare]) -> list[tuple[str, int]]:
+    """Words for classes, and for how many each stands: ``topic: all (5.0 ×)``."""
+    tasks = class_tasks(run)
+    words, told = [], set()
+    for share in found:
+        task = tasks[share.class_index]
+        own = [other for other in found if tasks[other.class_index] == task]
+        size = tasks.count(task)
+        if task is None or (len(own) < size and len(own) <= MOST):
+            words.append((f"{shorten(run.class_names[share.class_index], LONGEST)} ({share.times:.1f} ×)", 1))
+        elif task not in told:
+            count = "all" if len(own) == size else f"{len(own)} of {size}"
+            words.append((f"{shorten(task, LONGEST)}: {count} ({_times(own):.1f} ×)", len(own)))
+            told.add(task)
+    return words
+
+
+def _times(found: Sequence[ClassShare]) -> float:
+    """How many times their share in the federation several classes have together."""
+    return math.fsum(each.share for each in found) / math.fsum(each.share / each.times for each in found)
+
+
+def _composition(shares: Sequence[tuple[int | str, float]]) -> str:
+    """Tasks or true groups that hold a twentieth of the model's weight or more."""
+    named = [f"{shorten(str(name), LONGEST)} ({whole_percent(share)})" for name, share in shares if share >= 0.05]
     shown = named[:MOST]
     return ", ".join([*shown, f"{len(named) - MOST} more"] if len(named) > MOST else shown) or NOTHING
 

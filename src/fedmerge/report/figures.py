@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from fedmerge.report.kinds import known_tasks
 from fedmerge.report.markup import Markup, element, join, shorten
 from fedmerge.report.statistics import Difference, FloatArray
 from fedmerge.report.study import Study, client_accuracies, differences
@@ -26,7 +28,7 @@ from fedmerge.report.svg import (
     tip,
     x_axis,
 )
-from fedmerge.report.text import interval, percent, percent_tick, points
+from fedmerge.report.text import interval, listed, percent, percent_tick, points
 
 DOTS = 250  # more clients than this in one row are drawn as a shape
 STACK = 9  # more dots than this at one place become one larger dot
@@ -41,17 +43,20 @@ class Point(NamedTuple):
     client: int
     name: str
     accuracy: float
+    task: str | None = None
 
     def words(self) -> str:
         """For a pointer that rests on it."""
-        return f"{self.name}, seed {self.seed}: {percent(self.accuracy)} %"
+        task = "" if self.task is None else f" ({self.task})"
+        return f"{self.name}{task}, seed {self.seed}: {percent(self.accuracy)} %"
 
 
 def client_points(study: Study, label: str) -> tuple[Point, ...]:
     """Every client with a test score, of every seed of a method."""
     return tuple(
-        Point(seed, client, run.client_names[client], float(value))
+        Point(seed, client, run.client_names[client], float(value), None if tasks is None else tasks[client])
         for seed, run in study.runs[label].items()
+        for tasks in [known_tasks(run)]
         for client, value in enumerate(client_accuracies(run.selected()))
         if not np.isnan(value)
     )
@@ -238,8 +243,14 @@ def worst_clients(study: Study) -> Figure:
     svg = drawing(
         bottom + 48, f"Clients with the lowest accuracy under {study.reference}: {spoken}", keys, axis, *drawn
     )
-    caption = f"The {len(worst)} lowest accuracies under {study.reference}: client · seed."
+    caption = f"The {len(worst)} lowest accuracies under {study.reference}: client · seed.{_tasks_of(worst)}"
     return Figure(f"Worst clients of {study.reference}", svg, caption)
+
+
+def _tasks_of(found: Sequence[Point]) -> str:
+    """How many clients are of which task; nothing unless tasks are known."""
+    counts = Counter(point.task for point in found if point.task is not None)
+    return f" Tasks: {listed([f'{count} of {task}' for task, count in counts.most_common()])}." if counts else ""
 
 
 def _worst_row(name: str, row: dict[str, Point | None], study: Study, x: Scale, y: float) -> Markup:

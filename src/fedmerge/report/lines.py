@@ -138,8 +138,10 @@ def line_chart(
     log: bool = False,
     levels: Sequence[tuple[str, int, float]] = (),
     span: tuple[float, float] | None = None,
+    top: float = 1.0,
+    threshold: float | None = None,
 ) -> Markup:
-    """Lines with bands, labelled at their ends; values are shares in 0..1.
+    """Lines with bands, labelled at their ends; values are shares in 0..1, or up to `top`.
 
     Args:
         lines: At least one, each with a point.
@@ -150,19 +152,22 @@ def line_chart(
         log: Logarithmic x axis.
         levels: (label, colour, y) of horizontal dashed lines.
         span: Range that the y axis covers at least; without it the values decide.
+        top: The y axis ends here at the latest.
+        threshold: y of a dashed line across the whole chart.
     """
     ends = [(drawn.curve.label, drawn.colour, float(drawn.curve.mean[-1])) for drawn in lines]
     names = ends + list(levels)
     right = WIDTH - 22 - CHARACTER * max(len(shorten(label, LABEL_LENGTH)) for label, _, _ in names)
     height = max(320.0, 90 + LABEL_GAP * len(names))
     x = _x_scale(lines, 44, right, log)
-    y = Scale(*_y_range(lines, levels, span), height - 48, 36)
+    y = Scale(*_y_range(lines, levels, span, top), height - 48, 36)
     return drawing(
         height,
         f"{y_title} against {x_title.lower()}. Last values: "
         + ", ".join(f"{label} {write_y(round(value, 4))}" for label, _, value in names),
         y_axis(y, 44, right, y_title, write_y),
         x_axis(x, 36, height - 48, x_title, write_x),
+        None if threshold is None else _threshold(threshold, y, right, write_y),
         *(_band(drawn, x, y) for drawn in lines),
         *(
             line(x(drawn.x[-1]), y(value), right, y(value), f"tail {colour(drawn.colour)}")
@@ -174,6 +179,13 @@ def line_chart(
     )
 
 
+def _threshold(value: float, y: Scale, right: float, write: Callable[[float], str]) -> Markup:
+    """A dashed line with its value on the axis, where no tick is in the way."""
+    free = all(abs(y(tick) - y(value)) >= LABEL_GAP for tick in y.ticks())
+    label = text(36, y(value) + 4.5, write(value), anchor="end", class_="tick") if free else None
+    return join(line(44, y(value), right, y(value), "threshold"), label)
+
+
 def _x_scale(lines: Sequence[Line], left: float, right: float, log: bool) -> Scale:
     low = min(float(drawn.x[0]) for drawn in lines)
     high = max(float(drawn.x[-1]) for drawn in lines)
@@ -183,13 +195,13 @@ def _x_scale(lines: Sequence[Line], left: float, right: float, log: bool) -> Sca
 
 
 def _y_range(
-    lines: Sequence[Line], levels: Sequence[tuple[str, int, float]], span: tuple[float, float] | None
+    lines: Sequence[Line], levels: Sequence[tuple[str, int, float]], span: tuple[float, float] | None, top: float
 ) -> tuple[float, float]:
     values = [float(value) for drawn in lines for value in drawn.curve.values.ravel()]
     bands = [drawn.curve.band() for drawn in lines]
     values += [float(value) for band in bands if band for side in band for value in side]
     values += [value for _, _, value in levels] + list(span or ())
-    return nice_range(values, floor=0.0, top=1.0)
+    return nice_range(values, floor=0.0, top=top)
 
 
 def _band(drawn: Line, x: Scale, y: Scale) -> Markup | None:

@@ -3,30 +3,36 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
 from fedmerge.core.errors import UsageError
 from fedmerge.core.files import write_atomically
 from fedmerge.experiment.record import RunRecord
+from fedmerge.report import parts
+from fedmerge.report.averaging import averaging_errors
 from fedmerge.report.explain import explained
 from fedmerge.report.explain_figures import class_map, dendrogram, likeness_map, model_use
 from fedmerge.report.explain_text import client_table, gain_sentence, group_sentences, model_table
 from fedmerge.report.explain_text import remarks as remarks_on_weights
 from fedmerge.report.figures import distribution, forest, worst_clients
+from fedmerge.report.kinds import known_tasks, other_groups
 from fedmerge.report.lines import accuracy_by_bytes, accuracy_by_round, decidedness
 from fedmerge.report.markup import Markup, element, join
+from fedmerge.report.samples import samples_table
 from fedmerge.report.study import Study, client_accuracies, studies
-from fedmerge.report.svg import Figure, colour
+from fedmerge.report.svg import Figure
 from fedmerge.report.table import Column, Table
 from fedmerge.report.tables import cost_table, structure_table, study_table
+from fedmerge.report.task_table import study_task_table
 from fedmerge.report.text import listed, plain_options, plural, ranges
 from fedmerge.report.verdict import headline, protocol, remarks
 from fedmerge.report.weights import merging_weights, weights_over_rounds
 
 CLIENT_ROWS = 200
 EXPLAINED_ROWS = 500
+TEXT = 160  # characters of a prompt or a completion
 
 # Nothing may be loaded and nothing may run, whatever a client is called.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
@@ -108,15 +114,17 @@ def _section(study: Study, index: int, *, alone: bool) -> Markup:
 
 
 def _chapters(study: Study, level: str) -> list[Markup]:
-    main, spent = study_table(study), cost_table(study)
+    main, tasks, spent = study_table(study), study_task_table(study), cost_table(study)
     chapters = {
-        "The numbers": join(_table(main, study), _legend(main), _copies(main)),
-        "How far apart": _figures(forest(study), distribution(study)),
-        "Over the rounds": _figures(accuracy_by_round(study), accuracy_by_bytes(study)),
-        "Client by client": element("div", _figure(worst_clients(study)), _clients(study), class_="figures"),
+        "The numbers": join(parts.table(main, study), parts.legend(main), parts.copies(main)),
+        "Task by task": "" if tasks is None else join(parts.table(tasks, study), parts.copies(tasks)),
+        "How far apart": parts.figures(forest(study), distribution(study)),
+        "Over the rounds": parts.figures(accuracy_by_round(study), accuracy_by_bytes(study), averaging_errors(study)),
+        "Client by client": element("div", parts.figure(worst_clients(study)), _clients(study), class_="figures"),
+        "What the models write": _samples(study),
         "Merging weights": _weights(study),
         "Who shares what, and what each model is for": _explained(study),
-        "Costs": join(_table(spent, study), _legend(spent)),
+        "Costs": join(parts.table(spent, study), parts.legend(spent)),
         "How it was measured": element("ul", *(element("li", words) for words in protocol(study)), class_="protocol"),
         "Versions and hashes": _provenance(study),
     }
@@ -129,65 +137,6 @@ def _unbroken(sentence: str) -> str:
     return re.sub(r"(model|group) (\d)", "\\1\u00a0\\2", joined)
 
 
-# Parts
-
-
-def _figure(figure: Figure) -> Markup:
-    caption = element("figcaption", figure.caption)
-    return element("figure", element("p", figure.title, class_="title"), figure.svg, caption)
-
-
-def _figures(*found: Figure | None) -> Markup:
-    """Figures side by side where there is room; nothing without any."""
-    drawn = [_figure(figure) for figure in found if figure is not None]
-    return element("div", *drawn, class_="figures") if drawn else Markup("")
-
-
-def _table(table: Table, study: Study | None = None) -> Markup:
-    """A table that scrolls in its own box; with a study, rows of methods carry their colours."""
-    kinds = ["text" if column.unit == "text" else "number" for column in table.columns]
-    head = [
-        element("th", column.title, scope="col", class_=kind, title=column.meaning or None)
-        for column, kind in zip(table.columns, kinds, strict=True)
-    ]
-    rows = [
-        element(
-            "tr",
-            element("th", _swatch(row[0], study), element("bdi", row[0]), scope="row", title=row[0]),
-            *(element("td", *_cell(text), class_=kind) for text, kind in zip(row[1:], kinds[1:], strict=True)),
-            class_="reference" if study and row[0] == study.reference else None,
-        )
-        for row in table.texts()
-    ]
-    body = element("table", element("thead", element("tr", *head)), element("tbody", *rows))
-    box = element("div", body, class_="scroll", role="region", aria_label=table.caption, tabindex=0)
-    return join(box, *(element("p", note, class_="note") for note in table.notes))
-
-
-def _swatch(label: str, study: Study | None) -> Markup | None:
-    if study is None or label not in study.colours:
-        return None
-    return element("span", class_=f"swatch {colour(study.colours[label])}")
-
-
-def _cell(text: str) -> tuple[object, ...]:
-    """A number with its ± set apart."""
-    mean, sign, half = text.partition(" ± ")
-    return (mean, element("span", f" ± {half}", class_="half")) if sign else (text,)
-
-
-def _legend(table: Table) -> Markup:
-    told = [column for column in table.columns if column.meaning]
-    entries = [join(element("dt", column.title), element("dd", column.meaning)) for column in told]
-    return element("details", element("summary", "What the columns mean"), element("dl", *entries))
-
-
-def _copies(table: Table) -> Markup:
-    forms = {"Markdown": table.markdown(), "LaTeX": table.latex(), "CSV": table.csv()}
-    parts = [join(element("p", name, class_="title"), element("pre", text, tabindex=0)) for name, text in forms.items()]
-    return element("details", element("summary", "This table as Markdown, LaTeX or CSV"), *parts, class_="copies")
-
-
 def _weights(study: Study) -> Markup:
     """Merging weights: the reference's open, those of other methods folded."""
     table = structure_table(study)
@@ -197,14 +146,14 @@ def _weights(study: Study) -> Markup:
     merging = {label: run for label, run in shown.items() if run.selected().mixing is not None}
     first = study.reference if study.reference in merging else next(iter(merging))
     folded = [
-        element("details", element("summary", f"The weights of {label}"), _figures(*_pictures(run)))
+        element("details", element("summary", f"The weights of {label}"), parts.figures(*_pictures(run)))
         for label, run in merging.items()
         if label != first
     ]
     return join(
-        _table(table, study),
-        _legend(table),
-        _figures(*_pictures(merging[first]), decidedness(study)),
+        parts.table(table, study),
+        parts.legend(table),
+        parts.figures(*_pictures(merging[first]), decidedness(study)),
         *folded,
     )
 
@@ -227,17 +176,17 @@ def _explained(study: Study) -> Markup:
         element("ul", *(element("li", _unbroken(words)) for words in said if words), class_="remarks"),
         element("p", "Groups found", class_="title"),
         element("ul", *(element("li", _unbroken(words)) for words in group_sentences(found)), class_="protocol"),
-        _figures(dendrogram(found), likeness_map(found)),
+        parts.figures(dendrogram(found), likeness_map(found)),
         element("p", "What each model is for", class_="title"),
-        _table(models),
-        _legend(models),
-        _figures(model_use(found), class_map(found)),
+        parts.table(models),
+        parts.legend(models),
+        parts.figures(model_use(found), class_map(found)),
         element(
             "div",
             element("p", "Every client's mixture", class_="title"),
-            _table(clients),
+            parts.table(clients),
             element("p", f"{shown} clients, like ones side by side; a browser's search finds a name.", class_="note"),
-            _legend(clients),
+            parts.legend(clients),
             class_="clients mixtures",
         ),
     )
@@ -248,10 +197,11 @@ def _clients(study: Study) -> Markup:
     seed, run = next(iter(study.runs[study.reference].items()))
     scores = {label: client_accuracies(runs[seed].selected()) for label, runs in study.runs.items() if seed in runs}
     order = sorted(range(len(run.client_names)), key=lambda client: scores[study.reference][client])
-    known = run.groups is not None
+    tasks, groups = known_tasks(run), other_groups(run)
     columns = (
         Column("Client", "text"),
-        *((Column("Group", "whole"),) if known else ()),
+        *((Column("Task", "text"),) if tasks is not None else ()),
+        *((Column("Group", "whole"),) if groups is not None else ()),
         Column("Train", "whole", "examples"),
         Column("Test", "whole", "examples"),
         *(Column(f"{label} (%)", "percent") for label in scores),
@@ -259,7 +209,8 @@ def _clients(study: Study) -> Markup:
     rows = tuple(
         (
             run.client_names[client],
-            *((run.groups[client],) if run.groups is not None else ()),
+            *((tasks[client],) if tasks is not None else ()),
+            *((groups[client],) if groups is not None else ()),
             run.num_train[client],
             run.num_test[client],
             *(float(accuracy[client]) for accuracy in scores.values()),
@@ -270,7 +221,13 @@ def _clients(study: Study) -> Markup:
     shown = f"{len(rows)} of {len(order)}" if len(rows) < len(order) else f"All {len(order)}"
     about = f"{shown} clients of seed {seed}, at the selected rounds; worst under {study.reference} first."
     title = element("p", f"Every client of seed {seed}", class_="title")
-    return element("div", title, _table(table), element("p", about, class_="note"), class_="clients")
+    return element("div", title, parts.table(table), element("p", about, class_="note"), class_="clients")
+
+
+def _samples(study: Study) -> Markup:
+    """What the methods' models write for the same prompts; nothing for other networks."""
+    found = samples_table(study)
+    return Markup("") if found is None else element("div", parts.table(found, longest=TEXT), class_="samples")
 
 
 def _provenance(study: Study) -> Markup:
@@ -290,16 +247,12 @@ def _provenance(study: Study) -> Markup:
     first = {label: next(iter(runs.values())) for label, runs in study.runs.items()}
     options = {f"{label} ({run.method})": plain_options(run.options) for label, run in first.items()}
     return join(
-        _table(Table(columns, rows, "Runs with their status and data hash"), study),
+        parts.table(Table(columns, rows, "Runs with their status and data hash"), study),
         element("p", "Options", class_="title"),
-        _definitions(options),
+        parts.definitions(options),
         element("p", "Versions", class_="title"),
-        _definitions(_versions(study)),
+        parts.definitions(_versions(study)),
     )
-
-
-def _definitions(entries: Mapping[str, str]) -> Markup:
-    return element("dl", *(join(element("dt", name), element("dd", text)) for name, text in entries.items()))
 
 
 def _versions(study: Study) -> dict[str, str]:

@@ -27,6 +27,7 @@ from fedmerge.report.table import Cell, Column, Table
 from fedmerge.report.text import ranges
 
 Row = Mapping[str, Any]  # title -> cell
+OVER_SEEDS = "± is the half width of a 95 % t interval over seeds."
 
 
 def runs_frame(runs: Sequence[RunRecord]) -> pd.DataFrame:
@@ -98,6 +99,7 @@ def _client_rows(run: RunRecord) -> pd.DataFrame:
         "client": range(len(run.client_names)),
         "name": run.client_names,
         "group": run.groups,
+        "task": run.tasks,
         "num_train": run.num_train,
         "num_validation": run.num_validation,
         "num_test": run.num_test,
@@ -122,18 +124,27 @@ def comparison_table(runs: Sequence[RunRecord], *, reference: str | None = None)
     Raises:
         UsageError: if the runs cannot stand in one report, see `studies`.
     """
-    found = studies(runs, reference=reference)
-    tables = [study_table(study) for study in found]
+    found = {study.setting: study_table(study) for study in studies(runs, reference=reference)}
+    return by_setting(found, "Test accuracy over clients, by setting")
+
+
+def by_setting(tables: Mapping[str, Table], caption: str) -> Table:
+    """The tables of several settings as one that says which; of a single setting its own.
+
+    Args:
+        tables: Setting -> table, at least one.
+        caption: Of the whole.
+    """
     if len(tables) == 1:
-        return tables[0]
-    columns = tuple(dict.fromkeys(column for table in tables for column in table.columns))
+        return next(iter(tables.values()))
+    columns = tuple(dict.fromkeys(column for table in tables.values() for column in table.columns))
     rows = [
-        (study.setting, *(dict(zip(table.columns, row, strict=True)).get(column) for column in columns))
-        for study, table in zip(found, tables, strict=True)
+        (setting, *(dict(zip(table.columns, row, strict=True)).get(column) for column in columns))
+        for setting, table in tables.items()
         for row in table.rows
     ]
-    notes = tuple(dict.fromkeys(note for table in tables for note in table.notes))
-    return Table((Column("Setting", "text"), *columns), tuple(rows), "Test accuracy over clients, by setting", notes)
+    notes = tuple(dict.fromkeys(note for table in tables.values() for note in table.notes))
+    return Table((Column("Setting", "text"), *columns), tuple(rows), caption, notes)
 
 
 _SUMMARY_COLUMNS = {
@@ -165,7 +176,7 @@ def _filled(columns: Sequence[Column], rows: Sequence[Row], caption: str, notes:
 
 def _notes(study: Study) -> tuple[str, ...]:
     """What the numbers alone do not say."""
-    notes = ["± is the half width of a 95 % t interval over seeds."] if len(study.seeds) > 1 else []
+    notes = [OVER_SEEDS] if len(study.seeds) > 1 else []
     notes += unfinished(study)
     found = differences(study)
     if any(difference.interval.over == "clients" for difference in found):

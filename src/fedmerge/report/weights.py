@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fedmerge.experiment.record import RoundRecord, RunRecord
+from fedmerge.report.kinds import Kinds, kinds_of
 from fedmerge.report.likeness import likeness
 from fedmerge.report.markup import Markup, element, join, shorten
 from fedmerge.report.statistics import FloatArray
@@ -16,17 +17,22 @@ from fedmerge.report.text import plural
 
 ROWS = 60  # more clients than this share rows
 SNAPSHOTS = 6
+MARK = 14  # characters of a group's name at the right of a grid
 
 
-def client_order(mixing: FloatArray, groups: Sequence[int] | None) -> tuple[int, ...]:
-    """Clients with like weights side by side: by true group where known, within it along the tree of overlaps.
+def client_order(mixing: FloatArray, groups: Sequence[int] | None, *, by_favourite: bool = False) -> tuple[int, ...]:
+    """Clients with like weights side by side: by group where known, within it along the tree of overlaps.
 
     Args:
         mixing: [N, d].
         groups: [N] or None.
+        by_favourite: Within a group first by the heaviest model, of equally heavy ones the first.
     """
     order = likeness(mixing).order
-    return order if groups is None else tuple(sorted(order, key=lambda client: groups[client]))
+    if groups is None:
+        return order
+    favourite = mixing.argmax(axis=1) if by_favourite else np.zeros(len(mixing))
+    return tuple(sorted(order, key=lambda client: (groups[client], favourite[client])))
 
 
 class Bin(NamedTuple):
@@ -57,8 +63,16 @@ def row_names(run: RunRecord, row: Bin) -> str:
 
 def _rows(run: RunRecord, record: RoundRecord) -> tuple[FloatArray, tuple[Bin, ...]]:
     """[N, d] weights of a round and the rows in which they are drawn."""
-    mixing = np.array(record.mixing)
-    return mixing, bins(client_order(mixing, run.groups), run.groups)
+    mixing, kinds = np.array(record.mixing), kinds_of(run)
+    if kinds is None:
+        return mixing, bins(client_order(mixing, None), None)
+    return mixing, bins(client_order(mixing, kinds.of, by_favourite=kinds.are_tasks), kinds.of)
+
+
+def _told(run: RunRecord, kinds: Kinds | None, row: Bin) -> str:
+    """The client of a row, with its task where there are several."""
+    task = f" ({kinds.names[row.group]})" if kinds is not None and kinds.are_tasks and row.group is not None else ""
+    return f"{row_names(run, row)}{task}"
 
 
 def binned(mixing: FloatArray, rows: Sequence[Bin]) -> FloatArray:
@@ -92,21 +106,34 @@ class Grid(NamedTuple):
         )
         return element("g", *cells, class_="heat")
 
-    def group_marks(self, rows: Sequence[Bin], columns: int, name: Callable[[int], str] = "group {}".format) -> Markup:
+    def group_marks(self, rows: Sequence[Bin], columns: int, names: Sequence[str]) -> Markup:
         """Lines between groups, and their names at the right where there is room for them."""
         right = self.left + self.width * columns
-        starts = [i for i, row in enumerate(rows) if i == 0 or row.group != rows[i - 1].group]
-        parts = [self._cut(start, right) for start in starts[1:]]
+        parts = [self.cuts(rows, columns)]
+        starts = _starts(rows)
         for start, end in zip(starts, [*starts[1:], len(rows)], strict=True):
             middle = self.top + self.height * (start + end) / 2 + 4.5
             group = rows[start].group
             if group is not None and (end - start) * self.height >= 12:
-                parts.append(text(right + 6, middle, name(group), class_="tick"))
+                parts.append(text(right + 6, middle, names[group], class_="tick"))
         return join(*parts)
 
-    def _cut(self, row: int, right: float) -> Markup:
-        y = self.top + self.height * row
-        return line(self.left, y, right, y, "cut")
+    def cuts(self, rows: Sequence[Bin], columns: int) -> Markup:
+        """Lines between groups."""
+        right = self.left + self.width * columns
+        heights = [self.top + self.height * start for start in _starts(rows)[1:]]
+        return join(*(line(self.left, y, right, y, "cut") for y in heights))
+
+
+def _starts(rows: Sequence[Bin]) -> list[int]:
+    """The first row of each group."""
+    return [i for i, row in enumerate(rows) if i == 0 or row.group != rows[i - 1].group]
+
+
+def marked_names(names: Sequence[str]) -> tuple[tuple[str, ...], float]:
+    """Names of groups as they stand at the right of a grid, and the room that they take; little without any."""
+    shown = tuple(shorten(name, MARK) for name in names)
+    return shown, 10 + CHARACTER * max(map(len, shown), default=0)
 
 
 def scale_bar() -> Markup:
@@ -122,7 +149,10 @@ def _row_height(rows: int) -> float:
 
 def _row_words(rows: Sequence[Bin], run: RunRecord, record: RoundRecord) -> str:
     most = max(len(row.members) for row in rows)
-    order = "true group, then likeness" if run.groups else "likeness"
+    kinds = kinds_of(run)
+    order = "likeness"
+    if kinds is not None:
+        order = "task, then favourite model" if kinds.are_tasks else "true group, then likeness"
     crowd = "" if most == 1 else f" Up to {most} clients share a row, which shows their mean."
     return f"Rows by {order}.{crowd} {run.label}, seed {run.seed}, round {record.round}."
 
@@ -134,7 +164,9 @@ def merging_weights(run: RunRecord) -> Figure:
     values, models = binned(mixing, rows), mixing.shape[1]
     names = [shorten(row_names(run, row), 16) for row in rows] if len(rows) <= 30 else []
     left = 4 + CHARACTER * max(map(len, names), default=0)
-    grid = Grid(left, 42, min((WIDTH - left - (76 if run.groups else 8)) / models, 90.0), _row_height(len(rows)))
+    kinds = kinds_of(run)
+    marks, room = marked_names(() if kinds is None else kinds.names)
+    grid = Grid(left, 42, min((WIDTH - left - room) / models, 90.0), _row_height(len(rows)))
     heads = [text(left + grid.width * (j + 0.5), 36, j, anchor="middle", class_="tick") for j in range(models)]
     svg = drawing(
         grid.top + grid.height * len(rows) + 8,
@@ -143,8 +175,8 @@ def merging_weights(run: RunRecord) -> Figure:
         scale_bar(),
         *heads[:: -(-models // 20)],
         *(text(0, grid.top + grid.height * (i + 0.5) + 4.5, name, class_="tick") for i, name in enumerate(names)),
-        grid.heat(values, lambda i, j: f"{row_names(run, rows[i])}, model {j}"),
-        grid.group_marks(rows, models),
+        grid.heat(values, lambda i, j: f"{_told(run, kinds, rows[i])}, model {j}"),
+        grid.group_marks(rows, models, marks),
     )
     caption = f"Share of each model in each client's own model. {_row_words(rows, run, record)}"
     return Figure("Who uses which model", svg, caption)
@@ -176,4 +208,5 @@ def _snapshot(record: RoundRecord, rows: Sequence[Bin], left: float, width: floa
     values = binned(np.array(record.mixing), rows)
     grid = Grid(left, 42, width / values.shape[1], height)
     frame = element("rect", x=left, y=grid.top, width=width, height=height * len(rows), class_="frame")
-    return join(text(left, 36, record.round, class_="tick"), frame, grid.heat(values))
+    cuts = grid.cuts(rows, values.shape[1])
+    return join(text(left, 36, record.round, class_="tick"), frame, grid.heat(values), cuts)

@@ -11,6 +11,7 @@ from fedmerge.data.partitions import (
     permuted,
     quantity,
     rotations,
+    task,
     user,
 )
 from fedmerge.data.partitions._registry import PARTITIONS, Partitioner
@@ -26,5 +27,6 @@ __all__ = [
     "permuted",
     "quantity",
     "rotations",
+    "task",
     "user",
 ]

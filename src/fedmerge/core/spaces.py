@@ -1,0 +1,211 @@
+"""In which space adapters are averaged, whatever the method: factor by factor, or as products.
+
+Methods average vectors. Where a vector holds LoRA factors, the server's averages are corrected here so that they are
+averages of the products B A, always or as long as the two differ by much. How much they differ is measured every round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from fedmerge.core.adapters import Pair, averaging_error, pairs_of, product_means
+from fedmerge.core.ensemble import Personal
+from fedmerge.core.errors import UsageError
+from fedmerge.core.protocol import (
+    Algorithm,
+    Batches,
+    Cost,
+    Draw,
+    Federation,
+    Task,
+    Update,
+    server_models,
+    with_server_models,
+)
+from fedmerge.core.soup import shares
+from fedmerge.core.sums import weighted_sum
+from fedmerge.core.vector import Layout
+
+Merging = Literal["auto", "factors", "product"]
+LIMIT = 0.3
+"""Share of the product's norm by which averaged factors may be off before `auto` averages products."""
+
+
+@dataclass(frozen=True)
+class Spaced:
+    """Server state.
+
+    Attributes:
+        method: The method's own.
+        averaging_error: [] of the last round's replies, see `adapters.averaging_error`, mean over the models by use.
+        merging_error: [] of what the clients of that round were sent, mean over them; 0 for one model.
+        product: [] 1 where the replies of the last round were averaged as products.
+    """
+
+    method: Any
+    averaging_error: Float[Tensor, ""]
+    merging_error: Float[Tensor, ""]
+    product: Int[Tensor, ""]
+
+
+@dataclass(frozen=True)
+class InSpace:
+    """A method whose server averages adapters in a chosen space.
+
+    Attributes:
+        algorithm: Any whose server keeps whole models.
+        pairs: Of factors, in the vector that travels.
+        space: Which.
+    """
+
+    algorithm: Algorithm[Any]
+    pairs: tuple[Pair, ...]
+    space: Merging
+
+    @property
+    def trains_several(self) -> bool:
+        """As of the method."""
+        return bool(getattr(self.algorithm, "trains_several", False))
+
+    # ---------------------------------------------------------------- server
+
+    def init(self, draw: Draw, federation: Federation, seed: int) -> Spaced:
+        """The method's state, nothing measured yet.
+
+        Raises:
+            UsageError: if products are asked for and the method keeps no whole models on the server.
+        """
+        state = self.algorithm.init(draw, federation, seed)
+        models = server_models(state)
+        if self.space == "product" and (models is None or models.shape[1:] != draw(0).shape):
+            raise UsageError(
+                f"merging: got 'product' for {type(self.algorithm).__name__}, whose server keeps no whole models to "
+                "average; leave it out"
+            )
+        return Spaced(state, _unknown(), _unknown(), torch.tensor(0))
+
+    def send(self, state: Spaced, clients: Int[Tensor, " C"]) -> Any:
+        """The method's merges, as products where the space asks for it."""
+        return self._merged(state, clients)[0]
+
+    def _merged(self, state: Spaced, clients: Int[Tensor, " C"]) -> tuple[Any, Tensor]:
+        """What is sent, and the error of merging factors, mean over the clients."""
+        down = self.algorithm.send(state.method, clients)
+        models, weights = server_models(state.method), self.algorithm.mixing(state.method)
+        if models is None or weights is None or not isinstance(down, Tensor) or down.shape[1:] != models.shape[1:]:
+            return down, _unknown()
+        rows = weights[clients]
+        error = averaging_error(self.pairs, models, rows).mean() if len(models) > 1 else torch.zeros(()).double()
+        return product_means(self.pairs, models, rows, down) if self._as_product(error) else down, error
+
+    def _as_product(self, error: Tensor) -> bool:
+        return self.space == "product" or (self.space == "auto" and float(error) > LIMIT)
+
+    def receive(
+        self, state: Spaced, clients: Int[Tensor, " C"], update: Any, num_examples: Int[Tensor, " C"]
+    ) -> Spaced:
+        """The method's step; where it is taken in products, each model then gets what averaging factors missed."""
+        after = self.algorithm.receive(state.method, clients, update, num_examples)
+        share = self._shares(state.method, after, clients, num_examples)
+        models = server_models(state.method)
+        if (
+            share is None
+            or models is None
+            or not isinstance(update, Update)
+            or update.delta.shape[1] != models.shape[1]
+        ):
+            return replace(state, method=after)
+        used = share.sum(dim=0) > 0
+        errors = torch.zeros(len(models), dtype=torch.float64)
+        missed = torch.zeros_like(models)
+        for j in used.nonzero().flatten().tolist():
+            trained, weights = models[j] - update.delta, share[:, j][None]
+            errors[j] = averaging_error(self.pairs, trained, weights)[0]
+        use = (share * num_examples.double()[:, None]).sum(dim=0)
+        error = (errors * use / use.sum()).sum()
+        as_product = self._as_product(error)
+        if as_product:
+            for j in used.nonzero().flatten().tolist():
+                trained, weights = models[j] - update.delta, share[:, j][None]
+                mean = weighted_sum(weights.T, trained).to(models.dtype)
+                missed[j] = product_means(self.pairs, trained, weights, mean)[0] - mean[0]
+            moved = server_models(after)
+            if moved is not None:
+                after = with_server_models(after, moved + (missed if len(missed) == len(moved) else missed[:1]))
+        return Spaced(after, error, self._merged(state, clients)[1], torch.tensor(int(as_product)))
+
+    def _shares(
+        self, before: Any, after: Any, clients: Int[Tensor, " C"], num_examples: Int[Tensor, " C"]
+    ) -> Float[Tensor, "C d"] | None:
+        """How much each reply counted in each model of `before`; None where the method does not say."""
+        models = server_models(before)
+        if models is None:
+            return None
+        if len(models) == 1:
+            return shares(torch.ones(len(clients), 1), num_examples)
+        known = (self.algorithm.mixing(after), self.algorithm.mixing(before))
+        rows = next((row for row in known if row is not None and row.shape[1] == len(models)), None)
+        return None if rows is None else shares(rows[clients], num_examples)
+
+    def cost(self, state: Spaced) -> Cost:
+        """The method's."""
+        return self.algorithm.cost(state.method)
+
+    def describe(self, state: Spaced) -> Mapping[str, Any]:
+        """The method's facts, what averaging factors missed in the last round, and how it was averaged."""
+        return {
+            **self.algorithm.describe(state.method),
+            "averaging_error": float(state.averaging_error),
+            "merging_error": float(state.merging_error),
+            "space": "product" if int(state.product) else "factors",
+        }
+
+    def mixing(self, state: Spaced) -> Float[Tensor, "N d"] | None:
+        """The method's."""
+        return self.algorithm.mixing(state.method)
+
+    # ---------------------------------------------------------------- client
+
+    def start(self, params: Float[Tensor, " P"]) -> Any:
+        """The method's."""
+        return self.algorithm.start(params)
+
+    def train(self, down: Any, local: Any, batches: Batches, task: Task) -> tuple[Any, Any]:
+        """The method's."""
+        return self.algorithm.train(down, local, batches, task)
+
+    def personal(self, down: Any, local: Any, batches: Batches, task: Task) -> Personal:
+        """The method's."""
+        return self.algorithm.personal(down, local, batches, task)
+
+
+def _unknown() -> Tensor:
+    return torch.tensor(float("nan"), dtype=torch.float64)
+
+
+def in_space(algorithm: Algorithm[Any], layout: Layout, merging: Merging) -> Algorithm[Any]:
+    """The method with adapters averaged in a space; the method itself for vectors without pairs of factors.
+
+    Args:
+        algorithm: Any.
+        layout: Of the vector that the method sees.
+        merging: ``factors``, ``product``, or ``auto``: products while averaging factors is off by more than .3.
+
+    Raises:
+        UsageError: if a space is asked for and there are no adapters.
+    """
+    pairs = pairs_of(layout)
+    if pairs:
+        return InSpace(algorithm, pairs, merging)
+    if merging != "auto":
+        raise UsageError(
+            f"merging: got {merging!r}, but what travels has no LoRA factors A and B to merge; leave it out "
+            "(a frozen A, model.train_a=false, makes every merge exact)"
+        )
+    return algorithm
