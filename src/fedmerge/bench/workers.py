@@ -143,7 +143,9 @@ def _made(run: Run, parent: int) -> Result | Failure:
 
     try:
         resolved = to_table(config)
-        data = _clients(json.dumps({kind: resolved.get(kind) for kind in ("source", "partition")}), run.seed)
+        reads = ("model",) if hasattr(config.model, "encoder") else ()  # texts are read as the model reads them
+        place = {kind: resolved.get(kind) for kind in ("source", "partition", *reads)}
+        data = _clients(json.dumps(place), run.seed)
         return finished(ticket, execute_config(config, data=data, watch=watch).record)
     except FedmergeError as error:
         if is_divergence(error):
@@ -155,7 +157,7 @@ def _made(run: Run, parent: int) -> Result | Failure:
 
 @lru_cache(maxsize=KEPT_FEDERATIONS)
 def _clients(place: str, seed: int) -> FederatedData:
-    """The clients of a setting and seed, from the resolved tables of source and partition as JSON."""
+    """The clients of a setting and seed, from the resolved tables of source, partition and language model as JSON."""
     table: dict[str, Any] = {kind: value for kind, value in json.loads(place).items() if value is not None}
     config = build_config({**table, "seed": seed})
     return load_data(config.source, config.partition, seed, config.model)
