@@ -16,8 +16,8 @@ from synthetic_runs import flat_run
 
 from fedmerge.core.errors import UsageError
 from fedmerge.experiment.record import append_round, read_run, write_run
+from fedmerge.report.classes import Classes, class_shares
 from fedmerge.report.explain import (
-    class_shares,
     client_use,
     effective_models,
     explain,
@@ -155,7 +155,7 @@ def test_classes_stand_out_against_the_federation_if_the_examples_suffice():
 @given(mixings(), st.integers(1, 4), st.randoms(use_true_random=False))
 def test_the_models_users_together_are_the_federation(mixing, classes, random):
     counts = np.array([[random.randint(1, 9) for _ in range(classes)] for _ in mixing], dtype=np.float64)
-    shares = np.nan_to_num(class_shares(mixing, counts))
+    shares = np.nan_to_num(class_shares(mixing, Classes(counts, np.zeros(classes, dtype=np.int64), ())))
     examples = mixing.T @ counts.sum(axis=1)
     assert np.allclose(examples @ shares, counts.sum(axis=0))
 

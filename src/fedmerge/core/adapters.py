@@ -51,7 +51,7 @@ class Pair:
 
 
 def pairs_of(layout: Layout) -> tuple[Pair, ...]:
-    """The pairs of factors in a vector, found by PEFT's names; a layer whose A is frozen has none: it is linear in B."""
+    """The pairs of factors in a vector, by PEFT's names; a layer whose A is frozen has none: it is linear in B."""
     found = []
     slots = {slot.name: slot for slot in layout.slots}
     for name, slot in slots.items():

@@ -29,7 +29,7 @@ from fedmerge.data.partition import SPLITS, Split
 from fedmerge.data.pool import Ints
 from fedmerge.data.readers import READERS, Tables, frame_table
 from fedmerge.data.sides import item_sides, side_shares
-from fedmerge.data.table import Table, align_columns, check_texts, make_table
+from fedmerge.data.table import Table, align_columns, make_table, text_table
 from fedmerge.data.transform import Scale, scale_of, standard_scale
 
 if TYPE_CHECKING:
@@ -277,13 +277,7 @@ def _table_of_pair(pair: Any, name: str, split: Split) -> Table:
 
 def _texts_of_pair(pair: Any, name: str, split: Split) -> Table:
     texts, labels = _checked_pair(pair, name, split)
-    origin = f"client {name!r}, {split}"
-    wrong = next((row for row, text in enumerate(texts) if not isinstance(text, str)), None)
-    if wrong is not None:
-        raise DataError(f"{origin}, row {wrong} from 0: got a {type(texts[wrong]).__name__}; expected a text")
-    if len(texts) != len(labels):
-        raise DataError(f"{origin}: {len(texts)} texts and {len(labels)} labels; expected one label for each")
-    return check_texts(Table(origin, np.array(list(texts), dtype=np.str_), np.array(list(labels))))
+    return text_table(f"client {name!r}, {split}", texts, labels)
 
 
 def _checked_pair(pair: Any, name: str, split: Split) -> Any:

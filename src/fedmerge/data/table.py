@@ -50,6 +50,20 @@ def make_table(origin: str, inputs: Any, labels: Any) -> Table:
     return check_table(table)
 
 
+def text_table(origin: str, texts: Any, labels: Any) -> Table:
+    """A table from lists of texts and labels.
+
+    Raises:
+        DataError: naming the first row that is wrong.
+    """
+    wrong = next((row for row, text in enumerate(texts) if not isinstance(text, str)), None)
+    if wrong is not None:
+        raise DataError(f"{origin}, row {wrong} from 0: got a {type(texts[wrong]).__name__}; expected a text")
+    if len(texts) != len(labels):
+        raise DataError(f"{origin}: {len(texts)} texts and {len(labels)} labels; expected one label for each")
+    return check_texts(Table(origin, np.array(list(texts), dtype=np.str_), _as_array(labels, f"{origin}: labels")))
+
+
 def _as_array(values: Any, where: str) -> NDArray[Any]:
     try:
         array = np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)

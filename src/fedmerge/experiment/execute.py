@@ -32,6 +32,7 @@ class Outcome:
         progress: Its state after the last round.
         selected: Its state at the round that validation selects, whose scores are reported.
         folder: Where it was written, if anywhere.
+        model: Recipe, module or function that the run was given.
     """
 
     record: RunRecord
@@ -39,6 +40,7 @@ class Outcome:
     progress: Progress
     selected: Progress
     folder: Path | None
+    model: Any = None
 
 
 def execute_config(
@@ -117,7 +119,7 @@ def execute(
         _close(record, status, journey, time.perf_counter() - began, folder)
         raise
     record = _close(record, "finished", journey, time.perf_counter() - began, folder)
-    return Outcome(record, setup, journey.last, journey.selected, folder)
+    return Outcome(record, setup, journey.last, journey.selected, folder, model)
 
 
 @dataclass

@@ -112,7 +112,8 @@ def prepare(
     layout = layout_of(module, head=options.head, frozen=options.frozen)
     data = channels_last(in_precision(data, dtype))
     check_module(module, data, training)
-    _remember(module, data)
+    splits = ((client.train, client.validation, client.test) for client in data.clients)
+    remember(module, torch.cat([examples.inputs for three in splits for examples in three]))
     engine = choose_engine(options.runtime, module, layout, training.descent(), data)
     facts = federation_facts(data, layout)
     draw = drawer(model, data, options.seed, layout, dtype)
@@ -130,12 +131,11 @@ def prepare(
     return setup, Progress(state, fleet, 0)
 
 
-def _remember(module: nn.Module, data: FederatedData) -> None:
-    """Lets a network with a frozen lower part compute that part's outputs once, in an order that is always the same."""
-    remember = getattr(module, "remember", None)
-    if callable(remember):
-        splits = ((client.train, client.validation, client.test) for client in data.clients)
-        remember(torch.cat([examples.inputs for three in splits for examples in three]))
+def remember(module: nn.Module, inputs: Tensor) -> None:
+    """Lets a network with a frozen lower part compute that part's outputs for these inputs once, in their order."""
+    learn = getattr(module, "remember", None)
+    if callable(learn):
+        learn(inputs)
 
 
 def cohort_of_round(options: RunOptions, num_clients: int, round_number: int) -> Tensor:

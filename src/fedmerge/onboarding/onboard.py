@@ -16,9 +16,10 @@ from fedmerge.core.errors import UsageError, unknown_name
 from fedmerge.core.randomness import generator
 from fedmerge.data import Examples
 from fedmerge.data.federated import concatenate
-from fedmerge.experiment.simulation import one_thread
+from fedmerge.experiment.simulation import one_thread, remember
 from fedmerge.onboarding.choice import best_epochs, choose, is_better
 from fedmerge.onboarding.fit import Fit, judge, neighbours
+from fedmerge.onboarding.own_head import candidates_with_head
 from fedmerge.onboarding.plan import Plan, make_plan
 from fedmerge.onboarding.result import Estimate, Onboarded, Tried, estimate_of, row_of
 from fedmerge.onboarding.samples import read_samples
@@ -58,10 +59,10 @@ def onboard_server(
         raise UsageError(unknown_name("way", way, ("auto", *WAYS)))
     if not _is_seed(seed):
         raise UsageError(f"seed: got {seed!r}; expected a whole number >= 0")
-    given = read_samples(data, server, label_column=label_column, what="new client")
+    server, given = read_samples(data, server, label_column=label_column, what="new client")
     own, held = given["train"], given.get("validation")
     if validation is not None:
-        held = read_samples(validation, server, label_column=label_column, what="validation")["train"]
+        held = read_samples(validation, server, label_column=label_column, what="validation", classes=True)[1]["train"]
     if held is not None:
         _warn_of_shared(own, held)
     began = time.perf_counter()
@@ -89,7 +90,8 @@ def _warn_of_shared(own: Examples, held: Examples) -> None:
 def _onboarded(server: Server, own: Examples, held: Examples | None, way: str, seed: int, began: float) -> Onboarded:
     fitting = prepared(server, own, held, seed=seed)
     server, plan = fitting.server, fitting.plan
-    found = candidates(fitting, _wanted(way, plan, server), seed=seed)
+    of_server = candidates_with_head if server.kept else candidates
+    found = of_server(fitting, _wanted(way, plan, server), seed=seed)
     offered = [candidate for candidate in found if way in ("auto", candidate.way)]
     chosen = chosen_of(offered, plan, server)
     return Onboarded(
@@ -118,6 +120,7 @@ def prepared(server: Server, own: Examples, held: Examples | None, *, seed: int)
     """
     server = with_own_buffers(server, own)
     examples = own if held is None else concatenate([own, held])
+    remember(server.module, examples.inputs)
     plan = make_plan(examples, 0 if held is None else len(held.targets), generator(seed, "onboarding folds"))
     return Fitting(server, predictor(server, own.inputs), examples, plan)
 

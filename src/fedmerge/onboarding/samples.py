@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,21 @@ import torch
 
 from fedmerge.core.errors import DataError, UsageError, unknown_name
 from fedmerge.data import Examples
-from fedmerge.data.form import InputForm
+from fedmerge.data.encoding import encoded
+from fedmerge.data.form import TOKENS, InputForm
 from fedmerge.data.readers import READERS
-from fedmerge.data.table import Table, align_columns, encode_labels, make_table
+from fedmerge.data.table import Table, align_columns, encode_labels, make_table, text_table
+from fedmerge.experiment.federation import encoder_of
 from fedmerge.onboarding.server import Server
 
 
-def read_samples(data: Any, server: Server, *, label_column: str | None, what: str) -> dict[str, Examples]:
-    """The samples by split: always ``train``; ``validation`` and ``test`` if a file brings them.
+def read_samples(
+    data: Any, server: Server, *, label_column: str | None, what: str, classes: bool = False
+) -> tuple[Server, dict[str, Examples]]:
+    """The server for this client, and its samples by split: always ``train``; others if a file brings them.
+
+    A client that brings its output layer has classes of its own: those of its samples, in the run's order if the run
+    knows them all. Any other client has the run's classes.
 
     Args:
         data: `Examples`, which are scaled already; (inputs, labels) as they are in the raw data; or the path of a
@@ -25,21 +33,43 @@ def read_samples(data: Any, server: Server, *, label_column: str | None, what: s
         server: Says which classes there are and how inputs look and are scaled.
         label_column: Of tables; the run's own by default.
         what: Begins messages, for example ``new client``.
+        classes: Whether the server's classes are this client's already.
 
     Raises:
         UsageError: if it is none of these, or there is no such file.
         DataError: naming the file and row that are wrong.
     """
     if isinstance(data, (str, Path)):
-        tables = _tables_of_path(Path(data), label_column or server.label_column)
-        return {split: _examples(table, server, raw=True) for split, table in tables.items()}
+        tables = _tables_of_path(Path(data), label_column or server.label_column, server.text_column)
+        server = server if classes else _for_classes_of(tables.values(), server)
+        return server, {split: _examples(table, server, raw=True) for split, table in tables.items()}
     if not isinstance(data, (tuple, list)) or len(data) != 2:
         raise UsageError(
             f"{what}: got a {type(data).__name__}; expected the path of a file or folder, (inputs, labels) or Examples"
         )
     _refuse_none(_length(data[1]), what)
-    table = make_table(what, *data)
-    return {"train": _examples(table, server, raw=not isinstance(data, Examples))}
+    inputs, labels = data
+    if isinstance(data, Examples) and server.kept and not classes:  # numbers of the run's classes
+        labels = [server.record.class_names[int(k)] for k in data.targets]
+    if _reads_texts(server) and len(inputs) > 0 and isinstance(inputs[0], str):
+        table = text_table(what, inputs, labels)
+    elif isinstance(data, Examples) and not data.inputs.is_floating_point():
+        table = Table(what, data.inputs.numpy(), np.asarray(labels))
+    else:
+        table = make_table(what, inputs, labels)
+    server = server if classes else _for_classes_of([table], server)
+    return server, {"train": _examples(table, server, raw=not isinstance(data, Examples))}
+
+
+def _for_classes_of(tables: Iterable[Table], server: Server) -> Server:
+    """The server for a client with the classes of these tables, where it brings its own output layer."""
+    if not server.kept:
+        return server
+    found = {str(label) for table in tables for label in table.labels.tolist()}
+    known = server.record.class_names
+    return server.for_classes(
+        tuple(name for name in known if name in found) if found <= set(known) else tuple(sorted(found))
+    )
 
 
 def _length(labels: Any) -> int:
@@ -54,8 +84,8 @@ def _refuse_none(count: int, where: str) -> None:
         raise DataError(f"{where}: no samples at all; expected one labelled sample at least")
 
 
-def _tables_of_path(path: Path, label_column: str) -> dict[str, Table]:
-    tables = [READERS[file.suffix](file, label_column) for file in _files(path)]
+def _tables_of_path(path: Path, label_column: str, text_column: str | None) -> dict[str, Table]:
+    tables = [READERS[file.suffix](file, label_column, text_column) for file in _files(path)]
     splits = list(dict.fromkeys(split for found in tables for split in found))
     return {split: _joined([found[split] for found in tables if split in found]) for split in splits}
 
@@ -92,12 +122,28 @@ def _joined(tables: list[Table]) -> Table:
 def _examples(table: Table, server: Server, *, raw: bool) -> Examples:
     _refuse_none(len(table.labels), table.origin)
     form = server.serving.form
-    inputs = _raw_inputs(table, form) if raw and form is not None else torch.from_numpy(_floats(table, form))
     _, (targets,) = encode_labels([table], server.record.class_names)
+    if _reads_texts(server):
+        return Examples(_tokens(table, server), torch.from_numpy(targets))
+    inputs = _raw_inputs(table, form) if raw and form is not None else torch.from_numpy(_floats(table, form))
     inputs = inputs.to(server.dtype)
     if inputs.dim() == 4:
         inputs = inputs.contiguous(memory_format=torch.channels_last)
     return Examples(inputs, torch.from_numpy(targets))
+
+
+def _reads_texts(server: Server) -> bool:
+    return server.serving.form is not None and server.serving.form.dtype == TOKENS
+
+
+def _tokens(table: Table, server: Server) -> torch.Tensor:
+    """Texts as the run's own encoder makes them; tokens as they are."""
+    if table.inputs.dtype.kind != "U":
+        return torch.from_numpy(table.inputs)
+    encoder = encoder_of(server.recipe)
+    if encoder is None:
+        raise DataError(f"{table.origin} holds texts; expected tokens, as the run's clients were given")
+    return torch.from_numpy(encoded(table.inputs, None, encoder, (), table.at).inputs)
 
 
 def _raw_inputs(table: Table, form: InputForm) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fedmerge.core.errors import FedmergeError, UsageError
 from fedmerge.core.protocol import SERVER_MODELS, state_tensors
+from fedmerge.core.ranges import Ranges, gathered, woven
 from fedmerge.core.soup import merge, mixing
 from fedmerge.core.vector import Layout, layout_of, twin
 from fedmerge.data import ClientData, Examples, FederatedData, FolderOptions
@@ -34,7 +35,7 @@ class Server:
     """A run as a new client meets it.
 
     Attributes:
-        models: [d, P] the server's models at the selected round.
+        models: [d, S] the server's models at the selected round; S = P unless clients keep a part.
         rows: [G, N, d] merging weights of the known clients; None for methods without them.
         blocks: [G, 2] range of the vector that shares a row.
         module: The network.
@@ -42,6 +43,9 @@ class Server:
         serving: Training, options and form of the inputs.
         record: Of the run.
         label_column: Of the run's own tables, if it had any.
+        text_column: Of the run's own tables, if they held texts.
+        recipe: What makes the network, for as many classes as a new client has; None where only this module is there.
+        kept: Ranges of the whole vector that a new client brings itself: its output layer, or nothing.
     """
 
     models: Float[Tensor, "d P"]
@@ -52,6 +56,33 @@ class Server:
     serving: Serving
     record: RunRecord
     label_column: str = "label"
+    text_column: str | None = None
+    recipe: Any = None
+    kept: Ranges = ()
+
+    @property
+    def num_classes(self) -> int:
+        """K of the network."""
+        return len(self.record.class_names)
+
+    def for_classes(self, names: tuple[str, ...]) -> Server:
+        """The server for a client that brings its own output layer, with these classes.
+
+        Raises:
+            UsageError: if the classes are not the run's and there is no recipe that could make another output layer.
+        """
+        record = replace(self.record, class_names=names)
+        if names == self.record.class_names:
+            return self
+        if self.recipe is None:
+            raise UsageError(
+                f"this client's classes are {', '.join(names)}; the run's network has an output layer for "
+                f"{', '.join(self.record.class_names)} only; give the run a function or a name as its model"
+            )
+        module = make_module(self.recipe, _shapes(self.serving.form, record), record.seed, dtype=self.dtype)
+        options = self.serving.options
+        layout = layout_of(module, head=options.head, frozen=options.frozen)
+        return replace(self, record=record, module=module, layout=layout, kept=(layout.head,))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -65,8 +96,15 @@ class Server:
         return torch.full((len(self.blocks), d), 1 / d, dtype=torch.float64)
 
     def merged(self, rows: Float[Tensor, "R G d"]) -> Float[Tensor, "R P"]:
-        """One model per row: θ = Σ_j a_j Θ_j, block by block; gradients flow through the rows."""
-        return merged(self.models, rows, self.blocks)
+        """One model per row: θ = Σ_j a_j Θ_j, block by block; gradients flow through the rows.
+
+        Where the client brings its output layer, the network's fresh one is in its place.
+        """
+        found = merged(self.models, rows, self.blocks)
+        if not self.kept:
+            return found
+        own = gathered(self.layout.read(self.module), self.kept)
+        return torch.stack([woven(own, vector, self.kept) for vector in found])
 
     def module_of(self, params: Float[Tensor, " P"]) -> nn.Module:
         """A network with these parameters, in evaluation mode."""
@@ -89,11 +127,13 @@ def server_of_outcome(outcome: Outcome) -> Server:
         UsageError: if its method keeps no whole models on the server.
     """
     setup = outcome.setup
-    serving = Serving(None, setup.training, setup.options, setup.data.form)
-    _refuse_kept_parts(serving)
+    serving = Serving(recipe_table(outcome.model), setup.training, setup.options, setup.data.form)
+    kept = _kept_head(serving, setup.layout)
     tensors = state_tensors(outcome.selected.state)
     tensors = {name.removeprefix("method."): tensor for name, tensor in tensors.items()}
-    return _server(tensors, setup.module, setup.layout, serving, outcome.record)
+    found = _server(tensors, setup.module, setup.layout, serving, outcome.record)
+    recipe = None if isinstance(outcome.model, nn.Module) else outcome.model
+    return replace(found, recipe=recipe, kept=kept)
 
 
 def server_of_folder(folder: Path, model: Any = None) -> Server:
@@ -121,17 +161,20 @@ def server_of_folder(folder: Path, model: Any = None) -> Server:
     _refuse_without_models(state, record)
     config = _config_of(folder)
     serving = _serving_of(folder, config)
-    _refuse_kept_parts(serving)
-    module = _module_of(serving, record, model, folder)
+    recipe = model if model is not None else _recipe(serving.model, folder)
+    module = make_module(recipe, _shapes(serving.form, record), record.seed, dtype=_DTYPES[serving.options.precision])
     layout = layout_of(module, head=serving.options.head, frozen=serving.options.frozen)
+    kept = _kept_head(serving, layout)
     if layout.num_params != record.num_params:
         raise UsageError(
             f"model: got a {type(module).__name__} of {layout.num_params} parameters; the run's network has "
             f"{record.num_params}. Give the network that the run was made with"
         )
-    column = config.source.label_column if config and isinstance(config.source, FolderOptions) else "label"
-    _refuse_damaged(state, record, path)
-    return _server(state, module, layout, serving, record, column)
+    own = config.source if config and isinstance(config.source, FolderOptions) else FolderOptions(path="")
+    _refuse_damaged(state, record, path, layout.num_params - sum(stop - start for start, stop in kept))
+    found = _server(state, module, layout, serving, record)
+    columns = {"label_column": own.label_column, "text_column": own.text_column}
+    return replace(found, **columns, recipe=None if isinstance(recipe, nn.Module) else recipe, kept=kept)
 
 
 def _refuse_without_models(state: Mapping[str, Tensor], record: RunRecord) -> None:
@@ -142,16 +185,24 @@ def _refuse_without_models(state: Mapping[str, Tensor], record: RunRecord) -> No
         )
 
 
-def _refuse_kept_parts(serving: Serving) -> None:
-    kept = serving.options.keep
-    if kept:
+def _kept_head(serving: Serving, layout: Layout) -> Ranges:
+    """What a new client must bring itself: the output layer, if the run's clients keep it.
+
+    Raises:
+        UsageError: if they keep anything else, or an output layer that is not linear.
+    """
+    names = serving.options.keep
+    if not names:
+        return ()
+    if layout.below(names) != (layout.head,) or layout.head_bias is None:
         raise UsageError(
-            f"the clients of this run keep {', '.join(kept)} (run option `keep`), which a new client does not have; "
-            "give a run without `keep`, or let the client take part in further rounds"
+            f"the clients of this run keep {', '.join(names)} (run option `keep`), which a new client does not have; "
+            'only a linear output layer can be fitted anew: give a run with keep=["head"] or without `keep`'
         )
+    return (layout.head,)
 
 
-def _refuse_damaged(state: Mapping[str, Tensor], record: RunRecord, path: Path) -> None:
+def _refuse_damaged(state: Mapping[str, Tensor], record: RunRecord, path: Path, size: int) -> None:
     """Tensors that a whole file can hold and no run writes.
 
     Raises:
@@ -159,9 +210,9 @@ def _refuse_damaged(state: Mapping[str, Tensor], record: RunRecord, path: Path) 
     """
     name = next(name for name in SERVER_MODELS if name in state)
     models = state[name]
-    fits = models.dim() == 2 and len(models) > 0 and models.shape[1] == record.num_params
+    fits = models.dim() == 2 and len(models) > 0 and models.shape[1] == size
     if not fits or not models.is_floating_point():
-        raise _damaged(path, name, models, f"floats [models, {record.num_params}]")
+        raise _damaged(path, name, models, f"floats [models, {size}]")
     if not models.isfinite().all():
         raise _damaged(path, name, models, "finite numbers only")
     logits = state.get("soup.logits")
@@ -188,7 +239,6 @@ def _server(
     layout: Layout,
     serving: Serving,
     record: RunRecord,
-    label_column: str = "label",
 ) -> Server:
     _refuse_without_models(state, record)
     models = next(state[name] for name in SERVER_MODELS if name in state)
@@ -199,7 +249,7 @@ def _server(
     elif (weights := record.selected().mixing) is not None and len(weights[0]) == len(models):
         given = torch.tensor(weights, dtype=torch.float64)
         rows = (given / given.sum(dim=1, keepdim=True))[None]  # the record rounds them
-    return Server(models, rows, blocks, module, layout, serving, record, label_column)
+    return Server(models, rows, blocks, module, layout, serving, record)
 
 
 def _config_of(folder: Path) -> Config | None:
@@ -219,11 +269,6 @@ def _serving_of(folder: Path, config: Config | None) -> Serving:
         )
     form = load_data(config.source, config.partition, config.run.seed, config.model).form
     return Serving(recipe_table(config.model), config.training, config.run, form)
-
-
-def _module_of(serving: Serving, record: RunRecord, model: Any, folder: Path) -> nn.Module:
-    recipe = model if model is not None else _recipe(serving.model, folder)
-    return make_module(recipe, _shapes(serving.form, record), record.seed, dtype=_DTYPES[serving.options.precision])
 
 
 def _recipe(table: dict[str, Any] | None, folder: Path) -> Any:

@@ -141,7 +141,8 @@ def candidates(fitting: Fitting, wanted: Collection[Way], *, seed: int) -> list[
         "weights-then-fine-tune": fitted.get("shrunk-weights", learned),
         "fine-tune": plain[fitting.best_of(fitting.scored_rows(plain))],
     }
-    return found + _tuned(fitting, {way: starts[way] for way in TUNED if way in wanted}, seed)
+    begun = {way: (starts[way], server.merged(starts[way])) for way in TUNED if way in wanted}
+    return found + tuned(fitting, begun, seed)
 
 
 def likely_rows(fitting: Fitting, rows: Float[Tensor, "R G d"], tried: Scored) -> Float[Tensor, "F G d"]:
@@ -187,11 +188,16 @@ def _candidate(fitting: Fitting, way: Way, held: Scored, rows: Tensor) -> Candid
     return Candidate(way, 0, held, rows, fitting.server.merged(rows[None])[0])
 
 
-def _tuned(fitting: Fitting, starts: dict[Way, Float[Tensor, "F G d"]], seed: int) -> list[Candidate]:
-    """Local SGD with the run's training options from each start, kept after 1, 2, 5, 10 and 20 epochs.
+def tuned(fitting: Fitting, starts: dict[Way, tuple[Tensor, Tensor]], seed: int) -> list[Candidate]:
+    """Local training with the run's options from each start, kept after 1, 2, 5, 10 and 20 epochs.
 
     Longer is not tried where it is worse on held-out samples for every way.
     Momentum starts anew at each of these, as it does in every round of a run.
+
+    Args:
+        fitting: Run, samples and plan.
+        starts: Of each way, for every fit the row [F, G, d] and the model [F, P] that training begins from.
+        seed: Of batches and dropout.
     """
     if not starts:
         return []
@@ -206,7 +212,7 @@ def _tuned(fitting: Fitting, starts: dict[Way, Float[Tensor, "F G d"]], seed: in
     descent = training.descent()
     # as quick as vectorised here, without the three seconds that torch.func.grad takes to import
     engine = Sequential(server.module_of(server.models[0]), server.layout, descent)
-    params = list(torch.cat([server.merged(rows) for rows in starts.values()]))
+    params = list(torch.cat([models for _, models in starts.values()]))
     found: list[Candidate] = []
     for before, after in zip((0, *EPOCHS), EPOCHS, strict=False):
         pieces = [steps[fit][per_epoch[fit] * before : per_epoch[fit] * after] for fit in range(F)]
@@ -216,7 +222,7 @@ def _tuned(fitting: Fitting, starts: dict[Way, Float[Tensor, "F G d"]], seed: in
                 [(vector, pieces[place % F]) for place, vector in enumerate(params)],
             )
         tried = scored(fitting.predict, torch.stack(params), fitting.examples)
-        for place, (way, rows) in enumerate(starts.items()):
+        for place, (way, (rows, _)) in enumerate(starts.items()):
             held = fitting.held_of_fits(tried, place * F)
             found.append(Candidate(way, after, held, rows[plan.final], params[place * F + plan.final]))
         if plan.held and _is_past_best(found, len(starts)):

@@ -65,7 +65,7 @@ def _line(study: Study, label: str) -> Line | None:
     for number, mean in zip(rounds, curve.mean, strict=True):
         count = sum(_as_products(track[number]) for track in tracks)
         if count:
-            seeds = f" of {count} of {len(runs)} seeds" if count < len(runs) else ""
+            seeds = f" in {count} of {len(runs)} seeds" if count < len(runs) else ""
             marks.append((float(number), float(mean), f"{label}, round {number}: {mean:.3g}, products{seeds}"))
     return Line(curve, study.colours[label], numbers, tuple(marks))
 

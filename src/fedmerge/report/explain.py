@@ -15,6 +15,7 @@ from scipy import special
 
 from fedmerge.core.errors import UsageError
 from fedmerge.experiment.record import RunRecord
+from fedmerge.report.classes import ClassShare, classes_of, standing_out
 from fedmerge.report.kinds import known_tasks
 from fedmerge.report.likeness import Likeness, likeness, nearest
 from fedmerge.report.statistics import FloatArray
@@ -24,8 +25,6 @@ Name = TypeVar("Name", int, str)  # of a true group or of a task
 
 NAMED = 0.10  # weights below this are not named in words
 MOST = 3  # models of a client, clients of a model, classes of a model that are named
-STANDS_OUT = 1.5  # a class this much more frequent than in the federation, and by so many standard errors, stands out
-ERRORS = 3.0
 COLLINEAR = 0.99  # cosine of two models' columns from which they count as one
 
 
@@ -56,14 +55,6 @@ class Group(NamedTuple):
     tasks: tuple[tuple[str, int], ...] | None
 
 
-class ClassShare(NamedTuple):
-    """A class, its share among a model's users, and how many times its share in the federation that is."""
-
-    class_index: int
-    share: float
-    times: float
-
-
 class ModelUse(NamedTuple):
     """Who uses one model, and for what; users count with the weight that they give it.
 
@@ -72,7 +63,8 @@ class ModelUse(NamedTuple):
         share: Of all clients' weight, 0..1: the mean of column j.
         heaviest_of: Clients whose heaviest model it is; of equally heavy models the first counts.
         clients: Up to three heaviest users, with their weights.
-        classes: Classes that stand out among its users, the most over-represented first; None if not recorded.
+        classes: Classes that stand out among its users, the most over-represented first; None if not recorded
+            or if there is but one class.
         true_groups: (true group, its share of the model's weight), heaviest first; None if not known.
         accuracy: Mean test accuracy of its users; NaN without test items or users.
         tasks: (task, its share of the model's weight), heaviest first; None unless there are several tasks.
@@ -207,31 +199,6 @@ def effective_models(mixing: FloatArray) -> FloatArray:
     return np.asarray(np.exp(special.entr(mixing).sum(axis=1)))
 
 
-def class_shares(weights: FloatArray, counts: FloatArray) -> FloatArray:
-    """[d, K] distribution of classes among the users of each model, each counting with its weight; NaN without users.
-
-    Row j is proportional to the sum over i of weights_ij counts_i; with one column of ones it is the federation's.
-
-    Args:
-        weights: [N, d].
-        counts: [N, K] train examples.
-    """
-    mass = weights.T @ counts
-    with np.errstate(invalid="ignore"):
-        return np.asarray(mass / mass.sum(axis=1, keepdims=True))
-
-
-def tells_classes(run: RunRecord) -> bool:
-    """Whether there are classes to tell apart, and their counts were kept."""
-    return run.class_counts is not None and len(run.class_names) > 1
-
-
-def counted(run: RunRecord) -> str:
-    """What the class counts are of: ``examples``, or ``labels`` where an example has several."""
-    totals = [sum(counts) for counts in run.class_counts or ()]
-    return "labels" if any(total > size for total, size in zip(totals, run.num_train, strict=False)) else "examples"
-
-
 def client_use(explanation: Explanation, client: int) -> ClientUse:
     """What one client uses, and with whom."""
     mixing, local = explanation.mixing, explanation.local
@@ -319,13 +286,13 @@ def _counted(names: Sequence[Name]) -> tuple[tuple[Name, int], ...]:
 def _model_use(model: int, mixing: FloatArray, accuracy: FloatArray, run: RunRecord) -> ModelUse:
     weights, tasks = mixing[:, model], known_tasks(run)
     users = [int(i) for i in np.argsort(-weights, kind="stable")[:MOST] if weights[i] >= NAMED]
-    counts = None if run.class_counts is None else np.array(run.class_counts, dtype=np.float64)
+    classes = classes_of(run)
     return ModelUse(
         model=model,
         share=float(weights.mean()),
         heaviest_of=int((mixing.argmax(axis=1) == model).sum()),
         clients=tuple((client, float(weights[client])) for client in users),
-        classes=None if counts is None else _standing_out(weights, counts),
+        classes=None if classes is None else standing_out(weights, classes),
         true_groups=None if run.groups is None else _shared_out(weights, run.groups),
         accuracy=_mean(accuracy, weights),
         tasks=None if tasks is None else _shared_out(weights, tasks),
@@ -339,16 +306,3 @@ def _shared_out(weights: FloatArray, names: Sequence[Name]) -> tuple[tuple[Name,
         return ()
     sums = {name: float(weights[[own == name for own in names]].sum()) / total for name in sorted(set(names))}
     return tuple(sorted(((name, share) for name, share in sums.items() if share > 0), key=lambda p: (-p[1], p[0])))
-
-
-def _standing_out(weights: FloatArray, counts: FloatArray) -> tuple[ClassShare, ...]:
-    """Classes over-represented among a model's users beyond what drawing as many examples by chance would explain."""
-    everywhere = class_shares(np.ones((len(counts), 1)), counts)[0]
-    users = class_shares(weights[:, None], counts)[0]
-    examples = float(weights @ counts.sum(axis=1))
-    if examples <= 0:
-        return ()
-    error = np.sqrt(everywhere * (1 - everywhere) / examples)
-    found = (users >= STANDS_OUT * everywhere) & (users - everywhere > ERRORS * error) & (everywhere > 0)
-    order = sorted(np.flatnonzero(found).tolist(), key=lambda k: (-users[k] / everywhere[k], k))
-    return tuple(ClassShare(k, float(users[k]), float(users[k] / everywhere[k])) for k in order)

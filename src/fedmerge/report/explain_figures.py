@@ -10,8 +10,9 @@ import numpy as np
 from scipy.cluster import hierarchy
 
 from fedmerge.experiment.record import RunRecord
-from fedmerge.report.explain import Explanation, ModelUse, class_shares, counted, tells_classes
-from fedmerge.report.kinds import Kinds, class_tasks, kinds_of
+from fedmerge.report.classes import SERVED, Classes, class_shares, classes_of, counted, federation_shares
+from fedmerge.report.explain import Explanation, ModelUse
+from fedmerge.report.kinds import Kinds, kinds_of
 from fedmerge.report.likeness import TOGETHER
 from fedmerge.report.markup import Markup, element, join, shorten
 from fedmerge.report.statistics import FloatArray, overlap
@@ -110,7 +111,7 @@ def _key(kinds: Kinds | None) -> tuple[Markup | None, float]:
     parts, x, y = [text(0, 13, kinds.title, class_="axis")], first, 13.0
     for index, name in enumerate(kinds.short):
         shown = shorten(name, NAME)
-        width = 22 + CHARACTER * len(shown)
+        width = 26 + CHARACTER * len(shown)
         if x > first and x + width > WIDTH:
             x, y = first, y + KEY_LINE
         parts.append(element("circle", cx=x, cy=y - 4.5, r=4.0, class_=f"mark {_paint(index)}"))
@@ -207,16 +208,20 @@ def _by_kind(use: ModelUse, kinds: Kinds | None) -> list[tuple[int, float]]:
 def class_map(explanation: Explanation) -> Figure | None:
     """Classes by models: more or less frequent among a model's users than on average.
 
-    None without class counts, for a single class, or for a single model.
+    None without class counts, for a single class or model, and where no class is more or less frequent anywhere.
     """
-    run = explanation.run
-    if not tells_classes(run) or explanation.mixing.shape[1] == 1:
+    run, classes = explanation.run, classes_of(explanation.run)
+    if classes is None or explanation.mixing.shape[1] == 1:
         return None
-    users, everywhere = _class_shares(explanation)
-    shown = _most_different(users, everywhere)
-    names, rows, marks, room = _class_rows(run, shown)
+    users, everywhere = class_shares(explanation.mixing, classes), federation_shares(classes)
+    shown = _most_different(users, everywhere, classes)
+    names, rows = _class_rows(run, classes, shown)
+    marks, room = marked_names(classes.tasks)
     left, models = 10 + CHARACTER * max(map(len, names)), len(users)
     grid = Grid(left, 42, min((WIDTH - left - room) / models, 90.0), 14.0 if len(shown) > 12 else 18.0)
+    cells = _ratio_cells(grid, shown, run.class_names, users, everywhere)
+    if not any(cells):
+        return None
     heads = [text(left + grid.width * (j + 0.5), 36, j, anchor="middle", class_="tick") for j in range(models)]
     svg = drawing(
         grid.top + grid.height * len(shown) + 8,
@@ -225,43 +230,37 @@ def class_map(explanation: Explanation) -> Figure | None:
         _ratio_bar(),
         *heads[:: -(-models // 20)],
         *(text(0, grid.top + grid.height * (i + 0.5) + 4.5, name, class_="tick") for i, name in enumerate(names)),
-        *_ratio_cells(grid, shown, run.class_names, users, everywhere),
+        *cells,
         grid.group_marks(rows, models, marks),
     )
     few = "" if len(shown) == len(everywhere) else f" The {len(shown)} of {len(everywhere)} classes that differ most."
-    caption = (
+    return Figure("What each model sees", svg, f"{_class_caption(run, classes)}{few}")
+
+
+def _class_caption(run: RunRecord, classes: Classes) -> str:
+    within, left_out = "", ""
+    if classes.tasks:
+        within = " within its task"
+        left_out = f" Tasks of less than {percent_tick(SERVED)} % of a model's {counted(run)} are left out."
+    return (
         f"Train {counted(run)} of a class among a model's users, each counting with its weight, against the "
-        f"federation: blue is more, orange less.{few}"
+        f"federation{within}: blue is more, orange less, blank about as many.{left_out}"
     )
-    return Figure("What each model sees", svg, caption)
 
 
-def _class_shares(explanation: Explanation) -> tuple[FloatArray, FloatArray]:
-    """[d, K] share of each class among the users of a model, and [K] in the federation."""
-    counts = np.array(explanation.run.class_counts, dtype=np.float64)
-    return class_shares(explanation.mixing, counts), class_shares(np.ones((len(counts), 1)), counts)[0]
+def _class_rows(run: RunRecord, classes: Classes, shown: Sequence[int]) -> tuple[list[str], list[Bin]]:
+    """Names of classes, and the rows that they stand in by task; what the marks say is not repeated in the names."""
+    if not classes.tasks:
+        return [shorten(run.class_names[k], NAME) for k in shown], [Bin((k,), None) for k in shown]
+    names = [run.class_names[k].removeprefix(f"{classes.tasks[classes.blocks[k]]}: ") for k in shown]
+    return [shorten(name, NAME) for name in names], [Bin((k,), int(classes.blocks[k])) for k in shown]
 
 
-def _class_rows(run: RunRecord, shown: Sequence[int]) -> tuple[list[str], list[Bin], tuple[str, ...], float]:
-    """Names of classes, the rows that they stand in by task, the names of the tasks, and the room that those take.
-
-    Where every class is called after its task, ``topic: business``, the task is said once for all of them.
-    """
-    names, tasks = [run.class_names[k] for k in shown], class_tasks(run)
-    after = [task for task in (tasks[k] for k in shown) if task is not None]
-    if len(after) < len(shown):
-        return [shorten(name, NAME) for name in names], [Bin((k,), None) for k in shown], (), 8.0
-    order = list(dict.fromkeys(after))
-    marks, room = marked_names(order)
-    rows = [Bin((k,), order.index(task)) for k, task in zip(shown, after, strict=True)]
-    plain = [name.removeprefix(f"{task}: ") for name, task in zip(names, after, strict=True)]
-    return [shorten(name, NAME) for name in plain], rows, marks, room
-
-
-def _most_different(users: FloatArray, everywhere: FloatArray) -> list[int]:
-    """Up to 30 classes, in their own order, whose share among some model's users is farthest from the federation's."""
+def _most_different(users: FloatArray, everywhere: FloatArray, classes: Classes) -> list[int]:
+    """Up to 30 classes, by task, whose share among some model's users is farthest from the federation's."""
     apart = np.nan_to_num(np.abs(users - everywhere)).max(axis=0)
-    return sorted(np.argsort(-apart, kind="stable")[:CLASSES].tolist())
+    told = [k for k in np.argsort(-apart, kind="stable").tolist() if everywhere[k] > 0 or not classes.tasks]
+    return sorted(told[:CLASSES], key=lambda k: (classes.blocks[k], k))
 
 
 def _ratio_cells(

@@ -8,24 +8,21 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from fedmerge.experiment.record import RunRecord
+from fedmerge.report.classes import STANDS_OUT, Classes, ClassShare, classes_of, counted
 from fedmerge.report.explain import (
     MOST,
-    STANDS_OUT,
-    ClassShare,
     ClientUse,
     Explanation,
     Group,
     ModelUse,
     Weight,
     client_use,
-    counted,
     effective_models,
     near_equal_models,
-    tells_classes,
     undecided_clients,
     unused_models,
 )
-from fedmerge.report.kinds import class_tasks, known_tasks, other_groups
+from fedmerge.report.kinds import known_tasks, other_groups
 from fedmerge.report.likeness import TOGETHER
 from fedmerge.report.markup import shorten
 from fedmerge.report.table import Cell, Column, Table
@@ -239,14 +236,14 @@ def _who(explanation: Explanation) -> str:
 def model_table(explanation: Explanation) -> Table:
     """A row per model: how much it is used, by whom, for which tasks and classes and how well."""
     run = explanation.run
-    known, classes = other_groups(run) is not None, tells_classes(run)
+    known, classes = other_groups(run) is not None, classes_of(run)
     columns = (
         Column("Model", "text"),
         Column("Use (%)", "percent", "share of all clients' weight"),
         Column("Heaviest of", "whole", "clients that give no model more weight"),
         *((Column("Tasks", "text", "their shares of the model's weight"),) if known_tasks(run) is not None else ()),
         Column("Heaviest users", "text", "up to three clients and the weight they give it, of a tenth or more"),
-        *((_classes_column(run),) if classes else ()),
+        *((_classes_column(run, classes),) if classes is not None else ()),
         *((Column("True groups", "text", "their shares of the model's weight"),) if known else ()),
         Column("Test (%)", "percent", "accuracy of its users, each counting with its weight"),
     )
@@ -257,7 +254,7 @@ def model_table(explanation: Explanation) -> Table:
             use.heaviest_of,
             *((_composition(use.tasks),) if use.tasks is not None else ()),
             _users(explanation, use),
-            *((_classes(run, use),) if classes else ()),
+            *((_classes(run, use.classes),) if use.classes is not None else ()),
             *((_composition(use.true_groups),) if known and use.true_groups is not None else ()),
             use.accuracy,
         )
@@ -273,9 +270,10 @@ _NO_CLASSES = (
 )
 
 
-def _classes_column(run: RunRecord) -> Column:
+def _classes_column(run: RunRecord, classes: Classes) -> Column:
+    among = " within their task" if classes.tasks else ""
     meaning = (
-        f"at least {STANDS_OUT:g} times as frequent among its users' train {counted(run)} as in the federation, "
+        f"at least {STANDS_OUT:g} times as frequent among its users' train {counted(run)} as in the federation{among}, "
         "and by more than three standard errors of as many drawn by chance"
     )
     return Column("Classes that stand out", "text", meaning)
@@ -287,34 +285,10 @@ def _users(explanation: Explanation, use: ModelUse) -> str:
     return ", ".join(f"{name} ({share})" for name, share in zip(names, shares, strict=True)) or NOTHING
 
 
-def _classes(run: RunRecord, use: ModelUse) -> str:
-    """The classes that stand out most; those of a task as one where they are all of it, or many."""
-    words = _class_words(run, use.classes or ())
-    more = sum(count for _, count in words[MOST:])
-    named = [text for text, _ in words[:MOST]]
+def _classes(run: RunRecord, found: Sequence[ClassShare]) -> str:
+    named = [f"{shorten(run.class_names[k], LONGEST)} ({times:.1f} ×)" for k, _, times in found[:MOST]]
+    more = len(found) - len(named)
     return ", ".join([*named, f"{more} more"] if more else named) or NOTHING
-
-
-def _class_words(run: RunRecord, found: Sequence[ClassShare]) -> list[tuple[str, int]]:
-    """Words for classes, and for how many each stands: ``topic: all (5.0 ×)``."""
-    tasks = class_tasks(run)
-    words, told = [], set()
-    for share in found:
-        task = tasks[share.class_index]
-        own = [other for other in found if tasks[other.class_index] == task]
-        size = tasks.count(task)
-        if task is None or (len(own) < size and len(own) <= MOST):
-            words.append((f"{shorten(run.class_names[share.class_index], LONGEST)} ({share.times:.1f} ×)", 1))
-        elif task not in told:
-            count = "all" if len(own) == size else f"{len(own)} of {size}"
-            words.append((f"{shorten(task, LONGEST)}: {count} ({_times(own):.1f} ×)", len(own)))
-            told.add(task)
-    return words
-
-
-def _times(found: Sequence[ClassShare]) -> float:
-    """How many times their share in the federation several classes have together."""
-    return math.fsum(each.share for each in found) / math.fsum(each.share / each.times for each in found)
 
 
 def _composition(shares: Sequence[tuple[int | str, float]]) -> str:

@@ -51,12 +51,3 @@ def kinds_of(run: RunRecord) -> Kinds | None:
     short = tuple(map(str, groups))
     of = tuple(groups.index(group) for group in run.groups)
     return Kinds("True group", short, tuple(f"group {name}" for name in short), of, are_tasks=False)
-
-
-def class_tasks(run: RunRecord) -> tuple[str | None, ...]:
-    """[K] the task of each class that is called after one, ``topic: business``; None for other classes."""
-    tasks = set(known_tasks(run) or ())
-    before = [name.partition(": ")[0] for name in run.class_names]
-    return tuple(
-        task if task in tasks and name != task else None for task, name in zip(before, run.class_names, strict=True)
-    )
