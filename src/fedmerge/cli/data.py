@@ -58,7 +58,7 @@ def _data_get(options: argparse.Namespace) -> None:
             chosen,
             progress=lambda text, done, total: bar.update(task, description=text, completed=done, total=total),
         )
-    shape = " x ".join(str(size) for size in pool.inputs.shape[1:])
+    shape = "texts" if pool.is_text else " x ".join(str(size) for size in pool.inputs.shape[1:])
     size = f"{len(pool):,} items of {shape}, {len(pool.class_names)} classes"
     out.print(f"{pool.name}: {size}, sha256 {pool.sha256()[:16]}", markup=False)
 

@@ -20,7 +20,7 @@ from rich.progress import (
 from rich.table import Table as Grid
 
 from fedmerge.experiment.record import RunRecord
-from fedmerge.report import Table
+from fedmerge.report import Table, task_table
 
 out = Console(highlight=False, soft_wrap=True, emoji=False)
 err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
@@ -60,12 +60,17 @@ _TERMINAL_COLUMNS = ("Setting", "Method", "Mean", "To ", "p", "Fine-tuned", "Wor
 """By their beginnings, the most important first."""
 
 
-def print_table(table: Table) -> None:
-    """As many columns as the terminal is wide, the most important first; the report has them all."""
+def print_table(table: Table, *, whole: bool = False) -> None:
+    """As many columns as the terminal is wide, the most important first; the report has them all.
+
+    Args:
+        table: What to show.
+        whole: Show every column, however wide the terminal is.
+    """
     texts = table.texts()
     headings = [column.title.replace(" (", "\n(") for column in table.columns]
     grid = Grid(box=SIMPLE_HEAD, padding=(0, 1))
-    shown = _fitting(headings, texts, out.width)
+    shown = list(range(len(headings))) if whole else _fitting(headings, texts, out.width)
     for i in shown:
         grid.add_column(
             escape(headings[i]), justify="left" if table.columns[i].unit == "text" else "right", no_wrap=True
@@ -76,6 +81,13 @@ def print_table(table: Table) -> None:
     out.print(grid)
     for note in table.notes:
         out.print(f"  {escape(note)}", style="dim")
+
+
+def print_tasks(records: Sequence[RunRecord]) -> None:
+    """Accuracy task by task, where clients have different ones."""
+    table = task_table(records)
+    if table is not None:
+        print_table(table, whole=True)
 
 
 def print_search(records: Sequence[RunRecord]) -> None:

@@ -7,13 +7,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedmerge.cli.screen import out, print_search, print_table, progress_display
+from fedmerge.cli.screen import err, out, print_search, print_table, print_tasks, progress_display
 from fedmerge.cli.words import split_words, table_from
 from fedmerge.core.errors import UsageError, unknown_name
 from fedmerge.core.files import write_atomically
 from fedmerge.experiment.comparison import free_folder, plan, run_jobs
 from fedmerge.experiment.config import assign, build_config, override, parse_value
 from fedmerge.experiment.execute import execute_config
+from fedmerge.experiment.forecast import Forecast
 from fedmerge.experiment.record import RoundRecord
 from fedmerge.report import comparison_table, write_report
 
@@ -35,12 +36,27 @@ def run(options: argparse.Namespace) -> None:
         else free_folder(Path("runs"), f"{config.name}-seed{config.run.seed}")
     )
     with progress_display(options.quiet, config.run.rounds, 1) as report:
-        outcome = execute_config(config, folder=folder, watch=lambda record: _watched(report, config.name, record))
+        outcome = execute_config(
+            config,
+            folder=folder,
+            watch=lambda record: _watched(report, config.name, record),
+            foretell=None if options.quiet else _foretold,
+        )
     record = outcome.record
     page = write_report([record], folder / "report.html")
     print_table(comparison_table([record]))
+    print_tasks([record])
     print_search([record])
     out.print(f"run     {folder}\nreport  {page}", markup=False)
+
+
+_WORTH_TELLING = 20
+"""Seconds from which a forecast is told."""
+
+
+def _foretold(expected: Forecast) -> None:
+    if expected.seconds >= _WORTH_TELLING or expected.base_bytes:
+        err.print(f"forecast {expected}", markup=False)
 
 
 def _watched(report: Callable[[str, int, str], None], name: str, record: RoundRecord) -> None:
@@ -71,6 +87,7 @@ def compare(options: argparse.Namespace) -> None:
     table = comparison_table(records, reference=options.reference)
     write_atomically(folder / "table.md", table.markdown())
     print_table(table)
+    print_tasks(records)
     print_search(records)
     out.print(f"runs    {folder}\nreport  {page}", markup=False)
 

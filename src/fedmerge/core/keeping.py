@@ -195,8 +195,9 @@ def keeping(method: Algorithm[Any], layout: Layout, modules: tuple[str, ...]) ->
     if not modules:
         return method
     if getattr(method, "trains_several", False):
+        name = type(getattr(method, "algorithm", method)).__name__  # a method may be wrapped in a merging space
         raise UsageError(
-            f"keep: clients of {type(getattr(method, 'algorithm', method)).__name__} train several networks in a round, and which of them would have "
+            f"keep: clients of {name} train several networks in a round, and which of them would have "
             "the kept part is not defined; leave `keep` out, or use a method whose clients train one"
         )
     kept = layout.below(modules)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -12,14 +13,19 @@ from fedmerge.algorithms import ALGORITHMS
 from fedmerge.data import FederatedData
 from fedmerge.experiment.config import Config, RunOptions, method_options, plain_options
 from fedmerge.experiment.federation import load_data
+from fedmerge.experiment.forecast import Forecast, forecast
 from fedmerge.experiment.record import RoundRecord, RunRecord, Status, append_round, select, write_run
+from fedmerge.experiment.samples import written_samples
 from fedmerge.experiment.serving import write_serving
 from fedmerge.experiment.simulation import Progress, Setup, finetune, one_thread, prepare, rounds
 from fedmerge.experiment.store import create_run_folder, versions, write_inputs, write_models
 from fedmerge.training import LocalTraining
 
+_MOST_OPTIONS = 6
 Watcher = Callable[[RoundRecord], None]
 """Called after every round."""
+Teller = Callable[[Forecast], None]
+"""Called before the first round."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,12 @@ class Outcome:
 
 
 def execute_config(
-    config: Config, *, data: FederatedData | None = None, folder: Path | None = None, watch: Watcher | None = None
+    config: Config,
+    *,
+    data: FederatedData | None = None,
+    folder: Path | None = None,
+    watch: Watcher | None = None,
+    foretell: Teller | None = None,
 ) -> Outcome:
     """Runs a configuration.
 
@@ -53,6 +64,7 @@ def execute_config(
         data: The clients, if they are loaded already; they must be those of the configuration.
         folder: Where to write the run; created, must be empty.
         watch: Called after every round.
+        foretell: Called once before the first round with what the run will take; measuring that takes a few steps.
     """
     data = load_data(config.source, config.partition, config.run.seed, config.model) if data is None else data
     return execute(
@@ -65,6 +77,7 @@ def execute_config(
         folder=folder,
         watch=watch,
         config=config,
+        foretell=foretell,
     )
 
 
@@ -79,6 +92,7 @@ def execute(
     folder: Path | None = None,
     watch: Watcher | None = None,
     config: Config | None = None,
+    foretell: Teller | None = None,
 ) -> Outcome:
     """Runs a method on a federation.
 
@@ -95,6 +109,7 @@ def execute(
         folder: Where to write the run; created, must be empty.
         watch: Called after every round.
         config: Written into the folder, where the run was made from one.
+        foretell: As for `execute_config`.
     """
     began = time.perf_counter()
     setup, progress = prepare(algorithm, data, model, training, options)
@@ -104,6 +119,8 @@ def execute(
         write_inputs(folder, config, data)
         write_serving(folder, model, training, options, data)
         write_run(folder, record)
+    if foretell is not None:
+        foretell(forecast(setup, progress))
     journey = _Journey(progress, progress, [])
     try:
         with one_thread():
@@ -114,6 +131,7 @@ def execute(
                 if watch is not None:
                     watch(line)
             record = _with_finetuning(record, setup, journey.selected)
+            record = replace(record, samples=written_samples(setup, journey.selected, model))
     except BaseException as error:
         status: Status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         _close(record, status, journey, time.perf_counter() - began, folder)
@@ -184,6 +202,9 @@ def _model_text(model: Any) -> str:
     if callable(model):  # a module, a class or a function
         return str(getattr(model, "__name__", type(model).__name__))
     options, name = plain_options(model), type(model).__name__
+    if len(options) > _MOST_OPTIONS:  # only what says more than the name does
+        defaults = {field.name: field.default for field in dataclasses.fields(model)}
+        options = {key: value for key, value in options.items() if getattr(model, key) != defaults[key]}
     return name + (f"({', '.join(f'{key}={value}' for key, value in options.items())})" if options else "")
 
 
