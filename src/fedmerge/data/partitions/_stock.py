@@ -72,7 +72,13 @@ class Stock:
 
 
 def stock_of(
-    pool: Pool, by: Literal["all", "class"], shares: Sequence[float], rng: np.random.Generator, *, fixed: bool = False
+    pool: Pool,
+    by: Literal["all", "class"],
+    shares: Sequence[float],
+    rng: np.random.Generator,
+    *,
+    fixed: bool = False,
+    known: Ints | None = None,
 ) -> Stock:
     """All rows of a pool, shuffled.
 
@@ -82,12 +88,14 @@ def stock_of(
         shares: Of train, validation and test in what will be asked for; decides how many items go to each side.
         rng: Shuffles.
         fixed: Fix sides even if every row is its own item.
+        known: [n] sides that are decided already, −1 for rows that are free; the same for all rows of an item.
     """
     strata, num_strata = (pool.targets, len(pool.class_names)) if by == "class" else (np.zeros_like(pool.targets), 1)
     if pool.item is None and not fixed:
         queue = _queues(rng.permutation(len(pool)), strata, num_strata)
         return Stock(pool, dict.fromkeys(SPLITS, queue), free=True)
     sides = item_sides(items_of(pool), strata, shares, rng)
+    sides = sides if known is None else np.where(known < 0, sides, known)
     rows = [rng.permutation(np.flatnonzero(sides == side)) for side in range(3)]
     queues = {split: _queues(rows[side], strata, num_strata) for side, split in enumerate(SPLITS)}
     return Stock(pool, queues, free=False)

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
+
 from fedmerge.core.options import check_options, option
 from fedmerge.data.archive import read_tgz_folder
 from fedmerge.data.fetch import Package, Progress, quiet
@@ -60,6 +62,9 @@ class Brown:
 
     sentences: int = option(3, at_least=1, at_most=20, help="sentences per passage")
     max_chars: int = option(600, at_least=20, at_most=4000, help="longer texts are cut after a word")
+    prompt_words: int | None = option(
+        None, at_least=1, help="so many first words are a prompt and the rest is to be written; none: tell the genre"
+    )
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -73,7 +78,21 @@ class Brown:
         progress("reading brown", 0, None)
         rows = _read_passages(archives[0], self.sentences)
         pool = text_pool(pool_name(self), rows, _NAMES, self.max_chars)
-        return replace(pool, domain=pool.targets, domain_names=pool.class_names)
+        pool = replace(pool, domain=pool.targets, domain_names=pool.class_names)
+        return pool if self.prompt_words is None else with_prompts(pool, self.prompt_words)
+
+
+def with_prompts(pool: Pool, words: int) -> Pool:
+    """Texts cut into a prompt of so many words and what follows; shorter texts are left out."""
+    parts = [(" ".join(split[:words]), " ".join(split[words:])) for split in (str(t).split() for t in pool.inputs)]
+    rows = np.flatnonzero([bool(rest) for _, rest in parts])
+    columns = {name: getattr(pool, name) for name in ("targets", "user", "domain", "item")}
+    return replace(
+        pool,
+        inputs=np.array([parts[row][0] for row in rows], dtype=np.str_),
+        answers=np.array([parts[row][1] for row in rows], dtype=np.str_),
+        **{name: None if column is None else column[rows] for name, column in columns.items()},
+    )
 
 
 def _read_passages(archive: Path, length: int) -> Iterator[LabelledText]:
