@@ -107,7 +107,9 @@ def with_members(personal: Personal, vectors: list[Float[Tensor, " P"]]) -> Pers
     return vectors[0] if isinstance(personal, Tensor) else personal._replace(models=torch.stack(vectors))
 
 
-def outputs_of(personal: Personal, inputs: Tensor, predict: Callable[[Tensor, Tensor], Tensor]) -> Float[Tensor, "B C"]:
+def outputs_of(
+    personal: Personal, inputs: Tensor, predict: Callable[[Tensor, Tensor], Tensor]
+) -> Float[Tensor, "B ..."]:
     """A client's outputs; `predict` gives those of one vector [P]."""
     outputs = [predict(vector, inputs) for vector in members(personal)]
     return outputs[0] if isinstance(personal, Tensor) else personal.combined(torch.stack(outputs), inputs)

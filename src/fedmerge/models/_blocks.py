@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,7 +21,7 @@ def stack_of_blocks(body: nn.Module) -> tuple[str, nn.ModuleList] | None:
     return max(stacks, key=lambda entry: sum(p.numel() for p in entry[1].parameters()), default=None)
 
 
-def frozen_below(blocks: Sequence[nn.Module]) -> int:
+def frozen_below(blocks: Iterable[nn.Module]) -> int:
     """How many blocks come before the first that is trained."""
     trained = [i for i, block in enumerate(blocks) if any(p.requires_grad for p in block.parameters())]
     return trained[0] if trained else 0

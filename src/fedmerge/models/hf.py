@@ -121,7 +121,10 @@ class Hf:
     def _with_adapter(self, body: Any, blocks: str | None, fresh: tuple[str, ...]) -> Any:
         import peft  # noqa: PLC0415 - optional extra
 
-        chosen: dict[str, Any] = {"target_modules": list(self.targets) or None, "modules_to_save": list(fresh) or None}
+        chosen: dict[str, Any] = {
+            "target_modules": list(self.targets) or _usual_targets(body),
+            "modules_to_save": list(fresh) or None,
+        }
         if self.layers is not None:
             chosen |= self._last_blocks(body, blocks)
         if self.adapter == "ia3":
@@ -153,6 +156,19 @@ class Hf:
         first = len(stack[1]) - (self.layers or 0)
         numbers = list(range(first, len(stack[1])))
         return {"layers_to_transform": numbers, "layers_pattern": blocks.rpartition(".")[2]}
+
+
+_ATTENTION = (("query", "value"), ("q_proj", "v_proj"), ("q_lin", "v_lin"), ("c_attn",), ("qkv",))
+
+
+def _usual_targets(body: nn.Module) -> list[str] | None:
+    """Query and value of attention under the usual names, where the adapter library has no choice of its own."""
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as known  # noqa: N811, PLC0415
+
+    if getattr(getattr(body, "config", None), "model_type", None) in known:
+        return None
+    names = {name.rpartition(".")[2] for name, _ in body.named_modules()}
+    return next((list(targets) for targets in _ATTENTION if names.issuperset(targets)), None)
 
 
 def _for_ia3(chosen: dict[str, Any], layers: int | None) -> dict[str, Any]:

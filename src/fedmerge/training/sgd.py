@@ -22,7 +22,7 @@ class Moments(NamedTuple):
     Attributes:
         first: [T] running mean of the gradient.
         second: [T] running mean of its square.
-        steps: [] real steps so far.
+        steps: [], or [T] where entries have rates of their own, real steps so far.
     """
 
     first: Tensor
@@ -97,7 +97,7 @@ def _moved_moments(before: Moments | None, slope: Tensor, lr: Tensor) -> Moments
     return Moments(
         one * held.first + (1 - one) * slope,
         two * held.second + (1 - two) * slope.square(),
-        held.steps + (real if real.ndim == 0 else real.amax()),
+        held.steps + real,
     )
 
 

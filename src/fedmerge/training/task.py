@@ -61,13 +61,13 @@ def _mean_loss(self: Any, params: Float[Tensor, " P"], batch: Batch) -> Tensor:
     return _weighted(self._objective.losses, self.predict(params, batch.inputs), batch)
 
 
-def _loss_of_each(self: Any, outputs: Float[Tensor, "B K"], targets: Tensor) -> Float[Tensor, " B"]:
+def _loss_of_each(self: Any, outputs: Float[Tensor, "B ..."], targets: Tensor) -> Float[Tensor, " B"]:
     """Loss of each example."""
     losses: Tensor = self._objective.losses(outputs, targets)
     return losses
 
 
-def _right_of_each(self: Any, outputs: Float[Tensor, "B K"], targets: Tensor) -> Float[Tensor, " B"]:
+def _right_of_each(self: Any, outputs: Float[Tensor, "B ..."], targets: Tensor) -> Float[Tensor, " B"]:
     """How right each answer is, 0..1."""
     right: Tensor = self._objective.right(outputs, targets)
     return right
