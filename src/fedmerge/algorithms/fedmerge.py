@@ -24,6 +24,8 @@ from fedmerge.core.sums import along, centred, shares_of_examples, squared_norms
 
 log = logging.getLogger(__name__)
 
+ADAPTER_LEAN = 6.0
+"""Adapters start almost apart: few rounds follow, and different tasks share little. See docs/algorithm.md."""
 Rule = Literal["mirror", "official", "gradient", "adam"]
 
 
@@ -99,7 +101,7 @@ class FedMerge:
     floor: float = option(3.0, above=1, help="relative merge cost that counts as a real group")
     max_models: int = option(15, at_least=2, help="largest d that the search considers")
     noise: float = option(0.1, above=0, help="share of a fresh draw added to each model where initial is 'noise'")
-    lean: float = option(1.0, above=0, help="first logit of a client's own group after the split")
+    lean: float = option(1.0, above=0, help="first logit of a client's own group after the split; adapters: 6 times it")
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -307,7 +309,7 @@ class FedMerge:
         models[:, : progress.shape[1]] -= means - everyone
         rows = state.soup.logits.shape[:2]
         logits = member.mean(dim=0).log().repeat(*rows, 1)
-        logits[:, seen] = self.lean * member
+        logits[:, seen] = self.lean * (ADAPTER_LEAN if bool(state.adapters) else 1.0) * member
         return replace(
             self._without_search(state),
             soup=Soup(models.to(state.soup.models.dtype), logits),
