@@ -167,7 +167,7 @@ def memory(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def one_process(what: str, options: argparse.Namespace) -> None:
-    """Body of the two processes of `memory`: 20 clients, 4 tasks, nothing remembered so that sizes can be told apart."""
+    """Body of the two processes of `memory`: 20 clients, 4 tasks, one round or ten."""
     recipe = Hf(**MODEL)
     data = clients(TASKS[:4], 10, recipe, per_task=5)
     began = time.perf_counter()

@@ -18,10 +18,12 @@ from typing import Any, NamedTuple
 import pytest
 
 import fedmerge
+import tiny_models
 from fedmerge.cli import main
 
 ROOT = Path(__file__).parents[1]
-PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))) if page.exists()]
+TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
+PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))) if page not in TUTORIALS]
 NAMES = [module.name for module in pkgutil.walk_packages(fedmerge.__path__, "fedmerge.")]
 MODULES = ["fedmerge", *(name for name in NAMES if not name.endswith("__main__"))]
 FENCE = re.compile(
@@ -53,10 +55,14 @@ def commands(body: str) -> list[list[str]]:
     return [shlex.split(line, comments=True)[1:] for line in bare if line.startswith("fedmerge ")]
 
 
-def run_page(page: Path) -> int:
-    """Runs a page's examples in the current folder; the number of them."""
+def run_page(page: Path, *, instead: dict[str, str] | None = None) -> int:
+    """Runs a page's examples in the current folder, some texts replaced by others; the number of them."""
     namespace: dict[str, Any] = {"__name__": "__main__"}
-    found = blocks(page.read_text(encoding="utf-8"))
+    text = page.read_text(encoding="utf-8")
+    for old, new in (instead or {}).items():
+        assert old in text, f"{page.name} has no {old!r}"
+        text = text.replace(old, new)
+    found = blocks(text)
     for block in found:
         where = f"{page.name}, line {block.line}"
         if block.kind == "python":
@@ -79,6 +85,14 @@ def _code(words: list[str]) -> int:
 def test_the_examples_of_a_page_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     run_page(page)
+
+
+@pytest.mark.parametrize("page", TUTORIALS, ids=[page.name for page in TUTORIALS])
+def test_a_tutorial_runs_on_a_small_model(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a network of a few thousand parameters in place of the one that a reader fetches."""
+    small = tiny_models.tiny_bert(tmp_path / "small-model")
+    monkeypatch.chdir(tmp_path)
+    run_page(page, instead={"hf:minilm": f"hf:{small}"})
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -13,6 +13,7 @@ from fedmerge.cli.bench import bench
 from fedmerge.cli.catalogue import OPTION_GROUPS, REGISTRIES, help_text, list_entries
 from fedmerge.cli.data import data, report
 from fedmerge.cli.explain import explain_run
+from fedmerge.cli.export import add_export_arguments
 from fedmerge.cli.onboard import add_onboard_arguments
 from fedmerge.cli.training import compare, run
 from fedmerge.core.errors import UsageError, unknown_name
@@ -32,6 +33,7 @@ _COMMANDS = {
     "compare": "train several methods on the same clients and seeds, then report",
     "list": "methods, sources, partitions, models and their options",
     "data": "see and fetch data, look at a partition",
+    "export": "one client's model for other programs: PEFT, merged weights, mergekit, ONNX, plain tensors",
     "onboard": "a model for a new client from a few of its labelled samples",
     "report": "one self-contained page, and tables, from run folders",
     "bench": "every method on every setting under one protocol, resumable, with a page of results",
@@ -51,6 +53,7 @@ def parser_of(words: Sequence[str]) -> Parser:
             "list": _list_parser,
             "data": _data_parser,
             "report": _report_parser,
+            "export": add_export_arguments,
             "onboard": add_onboard_arguments,
             "bench": _bench_parser,
             "explain": _explain_parser,
@@ -160,8 +163,8 @@ def _explain_parser(parser: Parser) -> None:
 
 
 def _bench_parser(parser: Parser) -> None:
-    parser.usage = "fedmerge bench [short | full | SUITE.toml] [options]\n       fedmerge bench --page-only FOLDER"
-    parser.add_argument("suite", nargs="?", metavar="SUITE", help="short (minutes; the default), full, or a TOML file")
+    parser.usage = "fedmerge bench [short | full | lora | SUITE.toml] [options]\n       fedmerge bench --page-only FOLDER"
+    parser.add_argument("suite", nargs="?", metavar="SUITE", help="short (minutes; the default), full, lora, or a TOML file")
     parser.add_argument("--out", metavar="FOLDER", help="results and page; continued if it has results (bench-SUITE)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time (default: 1)")
     parser.add_argument("--settings", metavar="A,B", help="only these settings")
