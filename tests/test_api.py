@@ -119,7 +119,23 @@ def test_clients_keep_what_they_are_told_to_keep() -> None:
     assert torch.equal(first.body.weight, second.body.weight)
     assert not torch.equal(first.head.weight, second.head.weight)
     assert result.record.last().bytes_down == 5 * 4 * (64 * 16 + 16)
-    with pytest.raises(fedmerge.FedmergeError, match="the clients of this run keep head"):
+
+
+def test_a_client_of_fewer_classes_needs_a_network_that_can_be_made_for_them() -> None:
+    """`Net` has ten outputs whatever it is asked for, and these six digits are of four kinds."""
+    result = run(model=Net, keep=["head"])
+    own = result.outcome.setup.data.clients[0].test
+    kinds = ", ".join(str(kind) for kind in own.targets.unique().tolist())
+    with pytest.raises(
+        fedmerge.UsageError, match=f"this client's classes are {kinds}; .* or a function of num_classes"
+    ):
+        fedmerge.onboard(result, own)
+    assert fedmerge.onboard(run(keep=["head"]), own).num_samples == len(own.targets)
+
+
+def test_a_body_that_clients_keep_cannot_be_brought_by_a_new_client() -> None:
+    result = run(model=Net, keep=["body"])
+    with pytest.raises(fedmerge.UsageError, match="the clients of this run keep body"):
         fedmerge.onboard(result, result.outcome.setup.data.clients[0].test)
 
 

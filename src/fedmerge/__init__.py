@@ -15,13 +15,33 @@ from typing import TYPE_CHECKING, Any
 from fedmerge._version import __version__
 
 if TYPE_CHECKING:
-    from fedmerge.api import Comparison, Onboarded, Run, compare, load_run, onboard, run, run_config
+    from fedmerge.api import Comparison, Exported, Onboarded, Run, compare, export, load_run, onboard, run, run_config
     from fedmerge.core.errors import DataError, FedmergeError, UsageError
-    from fedmerge.data import ClientData, Examples, FederatedData, from_arrays, from_dataset, from_folder, from_frame
+    from fedmerge.data import (
+        ClientData,
+        Examples,
+        FederatedData,
+        from_arrays,
+        from_dataset,
+        from_folder,
+        from_frame,
+        from_texts,
+    )
     from fedmerge.training import LocalTraining
 
 _HOMES = {
-    "fedmerge.api": ("Comparison", "Onboarded", "Run", "compare", "load_run", "onboard", "run", "run_config"),
+    "fedmerge.api": (
+        "Comparison",
+        "Exported",
+        "Onboarded",
+        "Run",
+        "compare",
+        "export",
+        "load_run",
+        "onboard",
+        "run",
+        "run_config",
+    ),
     "fedmerge.core.errors": ("DataError", "FedmergeError", "UsageError"),
     "fedmerge.data": (
         "ClientData",
@@ -31,6 +51,7 @@ _HOMES = {
         "from_dataset",
         "from_folder",
         "from_frame",
+        "from_texts",
     ),
     "fedmerge.training": ("LocalTraining",),
 }
@@ -52,6 +73,7 @@ __all__ = [
     "Comparison",
     "DataError",
     "Examples",
+    "Exported",
     "FederatedData",
     "FedmergeError",
     "LocalTraining",
@@ -60,10 +82,12 @@ __all__ = [
     "UsageError",
     "__version__",
     "compare",
+    "export",
     "from_arrays",
     "from_dataset",
     "from_folder",
     "from_frame",
+    "from_texts",
     "load_run",
     "onboard",
     "run",

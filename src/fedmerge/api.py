@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -28,15 +28,17 @@ from fedmerge.experiment.config import (
     spelled_out,
     unknown_option,
 )
-from fedmerge.experiment.execute import Watcher, execute, execute_config
+from fedmerge.experiment.execute import Outcome, Watcher, execute, execute_config
 from fedmerge.experiment.federation import load_data
 from fedmerge.experiment.record import RoundRecord, RunRecord, read_run
 from fedmerge.experiment.simulation import prepare
+from fedmerge.exporting import Exported, client_of, export_client, trained_of_folder, trained_of_outcome
 from fedmerge.models import NETWORKS, Network
 from fedmerge.onboarding import Onboarded, onboard_server, server_of_folder, server_of_outcome
 from fedmerge.results import Comparison, Run
 from fedmerge.training import LocalTraining
 
+T = TypeVar("T")
 Data = FederatedData | Source | str | Mapping[str, Any]
 Partition = str | Mapping[str, Any] | Any | None
 Model = str | Mapping[str, Any] | nn.Module | Callable[..., nn.Module] | Network
@@ -340,15 +342,55 @@ def onboard(
     >>> fedmerge.onboard(federation, newcomer).fit.verdict
     'like known clients'
     """
+    server = _read(run, model, server_of_outcome, server_of_folder)
+    return onboard_server(server, data, validation=validation, way=way, label_column=label_column, seed=seed)
+
+
+def export(
+    run: Run | Path | str,
+    client: str | int,
+    out: Path | str,
+    *,
+    kind: str | None = None,
+    model: Model | None = None,
+    row: bool = False,
+) -> Exported:
+    """Writes the model that one client would use as a folder that other programs load, with a model card.
+
+    Args:
+        run: What `fedmerge.run` gave, or a run folder.
+        client: Its name or index.
+        out: Folder; created, must be empty.
+        kind: Of a pretrained model ``peft`` (the adapter, and the output layer; the default), ``merged`` (full
+            weights) or ``mergekit`` (the server's models and a recipe); of another network ``torch`` (its tensors; the
+            default) or ``onnx``.
+        model: The network again, for a run folder that was made with a module or function of your own.
+        row: Whether the card tells the client's merging weights, which say whom it is like.
+
+    Raises:
+        UsageError: if there is no such client or kind, the kind does not fit the network or the method, the network
+            must be given, or the folder is not empty.
+        FedmergeError: if the run is not finished, its folder is damaged, or a library is missing.
+
+    >>> import fedmerge
+    >>> dealt = {"name": "iid", "clients": 4, "test": 20}
+    >>> federation = fedmerge.run("digits", method="fedavg", partition=dealt, rounds=2)
+    >>> fedmerge.export(federation, 0, "client").files
+    ('README.md', 'inputs.json', 'model.safetensors')
+    """
+    trained = _read(run, model, trained_of_outcome, trained_of_folder)
+    return export_client(client_of(trained, client), Path(out), kind, row=row)
+
+
+def _read(run: Any, model: Any, of_outcome: Callable[[Outcome], T], of_folder: Callable[[Path, Any], T]) -> T:
+    """A run, in memory or in a folder, as one of two functions reads it."""
     if isinstance(run, Run):
         if model is not None:
             raise UsageError("model: got one for a Run object, which has its network already; leave it out")
-        server = server_of_outcome(run.outcome)
-    elif isinstance(run, (str, Path)):
-        server = server_of_folder(Path(run), None if model is None else _known_model(model))
-    else:
-        raise UsageError(f"run: got a {type(run).__name__}; expected a Run or the path of a run folder")
-    return onboard_server(server, data, validation=validation, way=way, label_column=label_column, seed=seed)
+        return of_outcome(run.outcome)
+    if isinstance(run, (str, Path)):
+        return of_folder(Path(run), None if model is None else _known_model(model))
+    raise UsageError(f"run: got a {type(run).__name__}; expected a Run or the path of a run folder")
 
 
 def _known_model(model: Any) -> Any:
@@ -362,9 +404,11 @@ def _known_model(model: Any) -> Any:
 __all__ = [
     "Comparison",
     "Config",
+    "Exported",
     "Onboarded",
     "Run",
     "compare",
+    "export",
     "load_run",
     "onboard",
     "run",

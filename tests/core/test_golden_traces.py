@@ -47,6 +47,7 @@ def state_of(trace):
         moments=torch.zeros(2, 0, N, d, dtype=torch.float64),
         blocks=torch.tensor([[0, P]]),
         scope=torch.tensor([last_layer(trace)]),
+        adapters=torch.tensor(False),
     )
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from fedmerge.core.errors import UsageError
 from fedmerge.core.randomness import fresh_module_randomness
-from fedmerge.core.vector import find_head, layout_of
+from fedmerge.core.vector import find_head, layout_of, twin
 from fedmerge.models.cnn import Cnn
 from fedmerge.models.mlp import Mlp
 from fedmerge.models.resnet9 import ResNet9
@@ -303,3 +303,53 @@ def test_what_cannot_be_merged_is_refused_by_name(build, options, message):
     with pytest.raises(UsageError) as refusal:
         layout_of(build(), **options)
     assert message in str(refusal.value)
+
+
+# --- twins ---
+
+
+def based():
+    """A frozen base with a tied tensor, a trainable layer, and buffers."""
+    module = nn.Sequential(Tied().requires_grad_(False), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    module[0].middle.requires_grad_(True)
+    return module
+
+
+def test_a_twin_shares_what_is_frozen_and_copies_the_rest():
+    module = based()
+    copied = twin(module)
+    own = dict(copied.named_parameters())
+    for name, parameter in module.named_parameters():
+        shared = own[name].data_ptr() == parameter.data_ptr()
+        assert shared == (not parameter.requires_grad)
+        assert (own[name] is parameter) == shared
+        assert torch.equal(own[name], parameter)
+    for name, buffer in module.named_buffers():
+        assert dict(copied.named_buffers())[name].data_ptr() != buffer.data_ptr()
+
+
+def test_a_twin_is_trained_without_a_trace_in_the_original():
+    module = based()
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    copied = twin(module)
+    copied(torch.randn(5, 4, generator=torch.Generator().manual_seed(0))).square().sum().backward()
+    torch.optim.SGD([p for p in copied.parameters() if p.requires_grad], lr=0.1).step()
+    for name, tensor in module.state_dict().items():
+        assert torch.equal(tensor, before[name])
+    assert all(parameter.grad is None for parameter in module.parameters())
+    assert not torch.equal(copied[2].weight, module[2].weight)
+
+
+def test_a_twin_keeps_the_same_ties():
+    copied = twin(based())
+    assert copied[0].decoder.weight is copied[0].encoder.weight
+
+
+def test_a_twin_of_a_twin_shares_the_same_base():
+    module = based()
+    assert twin(twin(module))[0].encoder.weight is module[0].encoder.weight
+
+
+def test_a_twin_has_the_layout_of_the_original():
+    module = based()
+    assert layout_of(twin(module)) == layout_of(module)

@@ -5,19 +5,25 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.metrics import silhouette_score
 
+from fedmerge.algorithms.fedmerge import FedMerge
+from fedmerge.core.protocol import Federation, Update, deliver
 from fedmerge.core.randomness import generator
 from fedmerge.core.structure import (
     NOISE,
+    SILHOUETTE,
     centred_cosines,
     cosines,
     directions,
     disagreement,
     evidence,
     groups_of,
+    groups_of_adapters,
     kmeans,
     number_of_groups,
     renumbered,
+    silhouettes,
     skewness,
     ward_tree,
 )
@@ -252,3 +258,112 @@ def test_kmeans_gives_every_point_its_own_group_if_asked():
 def test_kmeans_refuses_more_groups_than_points():
     with pytest.raises(ValueError, match="cannot make 3 groups of 2 points"):
         kmeans(torch.zeros(2, 1), 3, generator(0, "k-means test"))
+
+
+# --- adapters ---
+
+
+def spread(progress):
+    """Distances of the tree: between the centred directions at length 1."""
+    wide = centred_cosines(cosines(progress))
+    return (2 - 2 * wide).clamp_min(0).sqrt().fill_diagonal_(0).numpy()
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10**6), n=st.integers(4, 25), P=st.integers(3, 40), most=st.integers(2, 9))
+def test_silhouettes_are_scikit_learns(seed, n, P, most):
+    progress = torch.from_numpy(np.random.default_rng(seed).normal(size=(n, P)))
+    tree = ward_tree(cosines(progress))
+    found, distance = silhouettes(cosines(progress), tree, most), spread(progress)
+    distance = (distance + distance.T) / 2
+    assert list(found) == list(range(2, min(most, n - 2) + 1))
+    for count, value in found.items():
+        wanted = silhouette_score(distance, groups_of(tree, count), metric="precomputed")
+        assert value == pytest.approx(wanted, rel=0, abs=1e-12)
+
+
+def test_a_silhouette_by_hand():
+    """Directions ±x, twice each: centred they are themselves. Within 0, to the other group 2: (2 − 0) / 2 for all."""
+    progress = torch.tensor([[1.0, 0], [1.0, 0], [-1.0, 0], [-1.0, 0]], dtype=torch.float64)
+    tree = ward_tree(cosines(progress))
+    assert silhouettes(cosines(progress), tree, most=5) == {2: pytest.approx(1.0)}
+    assert groups_of_adapters(cosines(progress), tree, most=5) == (pytest.approx(1 / SILHOUETTE), 2)
+
+
+@pytest.mark.parametrize("sizes", [[6, 6], [4, 4, 4], [4] * 5, [8, 5, 3]], ids=str)
+def test_groups_of_adapters_are_found_with_their_number(sizes):
+    progress, labels = planted(sizes)
+    tree = ward_tree(cosines(progress))
+    gate, count = groups_of_adapters(cosines(progress), tree, 15)
+    assert count == len(sizes)
+    assert gate > 1
+    assert len(set(zip(groups_of(tree, count).tolist(), labels.tolist(), strict=True))) == len(sizes)
+
+
+def test_groups_of_adapters_are_found_under_noise_that_hides_a_sharp_drop():
+    """Own parts five times as long as what a group shares, in many dimensions: as after a few rounds of AdamW."""
+    progress, labels = planted([4] * 5, P=2000, noise=2.0)
+    tree = ward_tree(cosines(progress))
+    assert number_of_groups(tree[:, 2] ** 2 / 2, **DEFAULTS) != 5
+    gate, count = groups_of_adapters(cosines(progress), tree, 15)
+    assert (count, gate > 1) == (5, True)
+    assert len(set(zip(groups_of(tree, count).tolist(), labels.tolist(), strict=True))) == 5
+
+
+@pytest.mark.parametrize("n", [6, 12, 20])
+@pytest.mark.parametrize("seed", range(5))
+def test_noise_in_many_dimensions_is_no_group_of_adapters(n, seed):
+    rng = np.random.default_rng([5, n, seed])
+    progress = torch.from_numpy(2 * rng.normal(size=5000) + rng.normal(size=(n, 5000)))
+    gate, _ = groups_of_adapters(cosines(progress), ward_tree(cosines(progress)), 15)
+    assert gate < 1
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_so_few_clients_are_no_groups_of_adapters(n):
+    progress, _ = planted([n])
+    assert groups_of_adapters(cosines(progress), ward_tree(cosines(progress)), 15) == (0.0, 1)
+
+
+def test_clients_of_a_group_that_are_all_the_same_are_not_parted():
+    centres = torch.from_numpy(np.random.default_rng(1).normal(size=(3, 10)))
+    progress = centres.repeat_interleave(4, dim=0)
+    assert groups_of_adapters(cosines(progress), ward_tree(cosines(progress)), 15)[1] == 3
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_clients_that_do_not_differ_are_no_groups_of_adapters(value):
+    progress = torch.full((6, 10), value, dtype=torch.float64)
+    tree = ward_tree(cosines(progress))
+    assert groups_of_adapters(cosines(progress), tree, 15)[0] == 0.0
+
+
+def searched(progress, *, adapters):
+    """FedMerge after a search of one round in which the clients sent this."""
+    n, P = progress.shape
+    facts = Federation(n, P, (P - 1, P), ((0, P),), adapters=adapters)
+    method = FedMerge(search_rounds=1)
+    state = method.init(lambda j: torch.zeros(P, dtype=torch.float64), facts, 0)
+    return deliver(method, state, torch.arange(n), Update(progress), torch.full((n,), 10))
+
+
+def test_fedmerge_looks_for_groups_of_adapters_where_the_models_are_adapters():
+    progress, labels = planted([4] * 5, P=2000, noise=2.0)
+    found = searched(progress, adapters=True)
+    gate, count = groups_of_adapters(cosines(progress), ward_tree(cosines(progress)), FedMerge().max_models)
+    assert float(found.gate) == gate
+    assert len(found.soup.models) == count == 5
+    favourites = found.soup.logits[0].argmax(dim=1).tolist()
+    assert len(set(zip(favourites, labels.tolist(), strict=True))) == 5
+    plain = searched(progress, adapters=False)
+    assert float(plain.gate) != gate
+    assert len(plain.soup.models) != 5
+
+
+def test_fedmerge_stays_one_adapter_where_there_are_no_groups():
+    rng = np.random.default_rng(0)
+    progress = torch.from_numpy(2 * rng.normal(size=5000) + rng.normal(size=(12, 5000)))
+    found = searched(progress, adapters=True)
+    assert 0 <= float(found.gate) < 1
+    assert len(found.soup.models) == 1
+    assert not bool(found.searching)

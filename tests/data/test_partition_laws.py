@@ -15,7 +15,7 @@ from fedmerge.data.partitions import PARTITIONS
 
 KINDS = list(PARTITIONS)
 SMALL = {"clients": 6, "train": 12, "validation": 6, "test": 12, "alpha": 0.5, "min_examples": 9}
-SMALL |= {"classes_per_group": 3, "clients_per_domain": 3}
+SMALL |= {"classes_per_group": 3, "clients_per_domain": 3, "clients_per_task": 2}
 SHARES = {"validation": 0.2, "test": 0.3}
 
 
@@ -121,7 +121,14 @@ def test_a_split_that_was_not_asked_for_is_empty(kind):
 )
 def test_a_request_ends_with_a_partition_or_a_message_with_numbers(kind, pool, clients, alpha, sizes):
     sized = dict(zip(SPLITS, sizes, strict=True)) if "train" in PARTITIONS[kind].cls.__dataclass_fields__ else SHARES
-    table = {"clients": clients, "clients_per_domain": clients, "alpha": alpha, "min_examples": 3, "groups": 1}
+    table = {
+        "clients": clients,
+        "clients_per_domain": clients,
+        "clients_per_task": clients,
+        "alpha": alpha,
+        "min_examples": 3,
+        "groups": 1,
+    }
     try:
         partition = small(kind, **table, **sized, classes_per_group=2, classes_per_client=1).split(pool, 0)
     except DataError as error:

@@ -30,7 +30,7 @@ from fedmerge.models import NETWORKS
 from fedmerge.training import LocalTraining
 
 REGISTRIES = {"method": ALGORITHMS, "partition": PARTITIONS, "model": NETWORKS, "source": SOURCES}
-NEEDED = {"huggingface": {"path": "owner/name"}, "import": {"path": "package:Name"}}
+NEEDED = {"huggingface": {"path": "owner/name"}, "import": {"path": "package:Name"}, "hf": {"path": "minilm"}}
 EVERY_NAME = [(kind, name) for kind, registry in REGISTRIES.items() for name in registry]
 
 
@@ -92,6 +92,11 @@ def test_any_options_survive_toml(run: dict[str, Any], training: dict[str, Any],
     faults: list[str] = []
     if ALGORITHMS.build(table["method"], "method", faults) is None:  # two options that exclude each other
         assert all("FedMerge" in fault for fault in faults)
+        return
+    if training.get("optimizer") == "adamw" and training.get("momentum"):
+        assert faults_of(table) == [
+            "training: LocalTraining.momentum: got one for adamw, which has its own; leave it out"
+        ]
         return
     config = build_config(table)
     assert build_config(tomllib.loads(config_text(config))) == config

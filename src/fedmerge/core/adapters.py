@@ -18,7 +18,7 @@ from fedmerge.core.vector import Layout, Slot
 _RANK_FLOOR = 1e-7
 """Singular values below this share of the largest are rounding noise."""
 _WORST_GAUGE = 1e3
-"""Condition number from which the factors are not expressed near the averaged A."""
+"""How much smaller than the adapters' A the averaged A may be along a row of the product, to be expressed near it."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,8 @@ def product_means(
         for k, row in enumerate(weights.double()):
             q_b, r_b = torch.linalg.qr(_side_by_side(row, left))
             u, s, vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
-            b, a = _near(pair.right(means[k : k + 1])[0], q_b @ u, s, vh @ q_a.T, pair.rank)
+            scale = (row[:, None, None] * right.square()).sum().div(pair.rank).sqrt()  # of a row of the adapters' A
+            b, a = _near(pair.right(means[k : k + 1])[0], q_b @ u, s, vh @ q_a.T, scale)
             result[k, slice(*pair.a)] = a.flatten().to(result.dtype)
             result[k, slice(*pair.b)] = b.flatten().to(result.dtype)
     return result
@@ -133,10 +134,20 @@ def _squared_norm(b: Float[Tensor, "o m"], a: Float[Tensor, "m i"]) -> Tensor:
 
 
 def _near(
-    averaged: Float[Tensor, "r i"], u: Float[Tensor, "o m"], s: Float[Tensor, " m"], vh: Float[Tensor, "m i"], rank: int
+    averaged: Float[Tensor, "r i"],
+    u: Float[Tensor, "o m"],
+    s: Float[Tensor, " m"],
+    vh: Float[Tensor, "m i"],
+    scale: Float[Tensor, ""],
 ) -> tuple[Float[Tensor, "o r"], Float[Tensor, "r i"]]:
-    """Factors of the product's best approximation of rank r, with A as near to the averaged one as its rows allow."""
-    kept = min(rank, int((s > _RANK_FLOOR * s[0]).sum())) if len(s) and s[0] > 0 else 0
+    """Factors of the product's best approximation of rank r, with A as near to the averaged one as its rows allow.
+
+    Where the averaged A all but misses a row of the product, A are the product's rows times `scale` instead.
+    """
+    rank = len(averaged)
+    if float(s[0]) == 0:
+        return averaged.new_zeros(len(u), rank), averaged
+    kept = min(rank, int((s > _RANK_FLOOR * s[0]).sum()))
     rows = vh[:kept]
     if kept < rank:  # a product of lower rank: the averaged A says which further rows to keep, at weight 0
         beside = averaged - (averaged @ rows.T) @ rows
@@ -144,7 +155,6 @@ def _near(
     columns = averaged.new_zeros(len(u), rank)
     columns[:, :kept] = u[:, :kept] * s[:kept]
     gauge = averaged @ rows.T
-    if float(torch.linalg.cond(gauge)) < _WORST_GAUGE:
+    if float(torch.linalg.svdvals(gauge)[-1]) * _WORST_GAUGE > float(scale):
         return torch.linalg.solve(gauge, columns, left=False), gauge @ rows
-    scale = averaged.norm().clamp_min(torch.finfo(averaged.dtype).tiny) / rank**0.5
     return columns / scale, scale * rows

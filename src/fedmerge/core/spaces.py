@@ -7,7 +7,7 @@ averages of the products B A, always or as long as the two differ by much. How m
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -26,6 +26,7 @@ from fedmerge.core.protocol import (
     Task,
     Update,
     server_models,
+    state_tensors,
     with_server_models,
 )
 from fedmerge.core.soup import shares
@@ -88,6 +89,11 @@ class InSpace:
                 f"merging: got 'product' for {type(self.algorithm).__name__}, whose server keeps no whole models to "
                 "average; leave it out"
             )
+        if self.space == "product" and not _is_one_block(state):
+            raise UsageError(
+                "merging: got 'product' for rows of merging weights that differ between layers; take rows='model', "
+                "or leave merging out"
+            )
         return Spaced(state, _unknown(), _unknown(), torch.tensor(0))
 
     def send(self, state: Spaced, clients: Int[Tensor, " C"]) -> Any:
@@ -97,12 +103,22 @@ class InSpace:
     def _merged(self, state: Spaced, clients: Int[Tensor, " C"]) -> tuple[Any, Tensor]:
         """What is sent, and the error of merging factors, mean over the clients."""
         down = self.algorithm.send(state.method, clients)
-        models, weights = server_models(state.method), self.algorithm.mixing(state.method)
-        if models is None or weights is None or not isinstance(down, Tensor) or down.shape[1:] != models.shape[1:]:
+        models = server_models(state.method)
+        if models is None or not isinstance(down, Tensor) or down.shape[1:] != models.shape[1:]:
             return down, _unknown()
-        rows = weights[clients]
-        error = averaging_error(self.pairs, models, rows).mean() if len(models) > 1 else torch.zeros(()).double()
-        return product_means(self.pairs, models, rows, down) if self._as_product(error) else down, error
+        if len(models) == 1:
+            return down, torch.zeros((), dtype=torch.float64)
+        weights = self._rows(state.method)
+        if weights is None:
+            return down, _unknown()
+        errors = averaging_error(self.pairs, models, weights)  # of all: who else is asked must not change what one gets
+        if self._as_product(errors.mean()):
+            down = product_means(self.pairs, models, weights[clients], down)
+        return down, errors[clients].mean()
+
+    def _rows(self, state: Any) -> Float[Tensor, "N d"] | None:
+        """The method's merging weights, if a client has one row of them for its whole model."""
+        return self.algorithm.mixing(state) if _is_one_block(state) else None
 
     def _as_product(self, error: Tensor) -> bool:
         return self.space == "product" or (self.space == "auto" and float(error) > LIMIT)
@@ -110,7 +126,11 @@ class InSpace:
     def receive(
         self, state: Spaced, clients: Int[Tensor, " C"], update: Any, num_examples: Int[Tensor, " C"]
     ) -> Spaced:
-        """The method's step; where it is taken in products, each model then gets what averaging factors missed."""
+        """The method's step; where it is taken in products, each model then gets what averaging factors missed.
+
+        Raises:
+            UsageError: if products are asked for and the method does not say how much each reply counts.
+        """
         after = self.algorithm.receive(state.method, clients, update, num_examples)
         share = self._shares(state.method, after, clients, num_examples)
         models = server_models(state.method)
@@ -120,7 +140,12 @@ class InSpace:
             or not isinstance(update, Update)
             or update.delta.shape[1] != models.shape[1]
         ):
-            return replace(state, method=after)
+            if self.space == "product":
+                raise UsageError(
+                    f"merging: got 'product' for {type(self.algorithm).__name__}, which does not average its clients' "
+                    "models by weights that it tells; leave it out"
+                )
+            return Spaced(after, _unknown(), _unknown(), torch.tensor(0))
         used = share.sum(dim=0) > 0
         errors = torch.zeros(len(models), dtype=torch.float64)
         missed = torch.zeros_like(models)
@@ -137,7 +162,7 @@ class InSpace:
                 missed[j] = product_means(self.pairs, trained, weights, mean)[0] - mean[0]
             moved = server_models(after)
             if moved is not None:
-                after = with_server_models(after, moved + (missed if len(missed) == len(moved) else missed[:1]))
+                after = with_server_models(after, moved + missed[self._origins(state.method, after, len(missed))])
         return Spaced(after, error, self._merged(state, clients)[1], torch.tensor(int(as_product)))
 
     def _shares(
@@ -149,9 +174,19 @@ class InSpace:
             return None
         if len(models) == 1:
             return shares(torch.ones(len(clients), 1), num_examples)
-        known = (self.algorithm.mixing(after), self.algorithm.mixing(before))
+        known = (self._rows(after), self._rows(before))
         rows = next((row for row in known if row is not None and row.shape[1] == len(models)), None)
         return None if rows is None else shares(rows[clients], num_examples)
+
+    def _origins(self, before: Any, after: Any, count: int) -> Int[Tensor, " e"]:
+        """The one of `count` models before from which each model after comes: that of the clients it now serves."""
+        models, old, new = server_models(after), self.algorithm.mixing(before), self.algorithm.mixing(after)
+        now = count if models is None else len(models)
+        if now == count:
+            return torch.arange(count)
+        if count == 1 or old is None or new is None:
+            return torch.zeros(now, dtype=torch.int64)
+        return (new.T @ old).argmax(dim=1)
 
     def cost(self, state: Spaced) -> Cost:
         """The method's."""
@@ -183,6 +218,11 @@ class InSpace:
     def personal(self, down: Any, local: Any, batches: Batches, task: Task) -> Personal:
         """The method's."""
         return self.algorithm.personal(down, local, batches, task)
+
+
+def _is_one_block(state: Any) -> bool:
+    """Whether the whole vector shares a row of merging weights; some methods have rows for each layer."""
+    return len(state_tensors(state).get("blocks", ())) <= 1
 
 
 def _unknown() -> Tensor:

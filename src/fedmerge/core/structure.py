@@ -153,6 +153,8 @@ def groups_of_adapters(cosines: Float[Tensor, "n n"], tree: Floats, most: int) -
 
 
 def _silhouette(distance: Floats, labels: Labels) -> float:
+    if not labels.any():  # clients in one place: their tree falls into fewer groups than it was asked for
+        return 0.0
     member = np.eye(int(labels.max()) + 1)[labels]
     sizes, own = member.sum(axis=0), np.arange(len(labels))
     sums = distance @ member

@@ -134,8 +134,9 @@ def _read(path: Path, check: Callable[[Arrays], object]) -> Arrays | None:
 def _write(path: Path, arrays: Arrays) -> None:
     """Writes the arrays so that a reader sees all of them or nothing. The caller holds the lock."""
     temporary = path.with_name(path.name + ".part")
+    named: dict[str, Any] = {**arrays}
     with writing(path.parent), temporary.open("wb") as file:
-        np.savez(file, **arrays)
+        np.savez(file, **named)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)

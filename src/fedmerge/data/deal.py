@@ -43,7 +43,7 @@ def deal(pool: Pool, partition: Partition, encoder: Encoder | None = None) -> Fe
         "groups": groups if len(groups) == len(partition.clients) else None,
         "partition": partition,
         "source": f"{pool.name}, {partition.kind} over {len(partition.clients)} clients",
-        "class_tasks": pool.class_tasks,
+        "class_tasks": pool.class_tasks if encoder is None or encoder.kind != "tags" else (),
         "tasks": _tasks(pool, partition),
     }
     data = _of_texts(pool, partition, encoder, shared) if pool.is_text else _of_numbers(pool, partition, shared)
@@ -67,6 +67,12 @@ def _of_texts(pool: Pool, partition: Partition, encoder: Encoder | None, shared:
     if turned is not None:
         raise DataError(f"client {turned!r} turns or inverts its inputs, which texts cannot be; take another partition")
     texts = encode_pool(pool, encoder)
+    relabelled = next((client.name for client in partition.clients if client.relabel is not None), None)
+    if relabelled is not None and texts.targets is not None:
+        raise DataError(
+            f"client {relabelled!r} calls its classes by other names, but the model's task is not to tell classes; "
+            "take another partition"
+        )
     kind = encoder.kind if encoder is not None else "classes"
     counts = [np.bincount(pool.targets[client.train], minlength=len(pool.class_names)) for client in partition.clients]
 
@@ -112,4 +118,7 @@ def _labels(pool: Pool, client: ClientPart) -> Ints:
         raise DataError(
             f"client {client.name!r} relabels {len(client.relabel)} classes; {pool.name} has {len(pool.class_names)}"
         )
-    return np.array(client.relabel or range(len(pool.class_names)), dtype=np.int64)
+    labels = np.array(client.relabel or range(len(pool.class_names)), dtype=np.int64)
+    if pool.class_tasks and (np.array(pool.class_tasks)[labels] != np.array(pool.class_tasks)).any():
+        raise DataError(f"client {client.name!r} calls classes of one task by names of another; take another partition")
+    return labels

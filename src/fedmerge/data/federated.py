@@ -162,7 +162,7 @@ def _check_sequences(inputs: Tensor, targets: Tensor, num_classes: int | None, w
         raise DataError(f"{where}: targets are {list(targets.shape)}; expected {list(inputs.shape)}, one per token")
     real = targets[targets != NO_TARGET]
     if len(real) and (int(real.min()) < 0 or (num_classes is not None and int(real.max()) >= num_classes)):
-        limit = "" if num_classes is None else f"..{num_classes - 1}"
+        limit = " or more" if num_classes is None else f"..{num_classes - 1}"
         raise DataError(
             f"{where}: targets run from {int(real.min())} to {int(real.max())}; expected 0{limit}, or {NO_TARGET} for "
             "tokens that do not count"

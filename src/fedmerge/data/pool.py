@@ -63,8 +63,12 @@ class Pool:
             raise DataError(f"{self.name}: no items at all")
         if self.class_tasks and len(self.class_tasks) != num_classes:
             raise DataError(f"{self.name}: {len(self.class_tasks)} tasks for {num_classes} classes; expected one each")
-        if self.answers is not None and (self.answers.shape != (n,) or not self.is_text):
-            raise DataError(f"{self.name}: answers have shape {self.answers.shape}; expected one for each of {n} texts")
+        fits = self.answers is None or (self.is_text and self.answers.shape == (n,) and self.answers.dtype.kind == "U")
+        if self.answers is not None and not fits:
+            raise DataError(
+                f"{self.name}: answers are {self.answers.dtype} {list(self.answers.shape)} for inputs of type "
+                f"{self.inputs.dtype}; expected a text for each of {n} texts"
+            )
         if self.targets.min() < 0 or self.targets.max() >= num_classes:
             raise DataError(
                 f"{self.name}: labels run from {self.targets.min()} to {self.targets.max()}; "

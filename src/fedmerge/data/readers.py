@@ -213,11 +213,16 @@ def frame_texts(frame: pd.DataFrame, label_column: str, text_column: str, origin
     whole = labels.dtype.kind in "buif"
     table = Table(
         origin=origin,
-        inputs=texts.fillna("").astype(str).to_numpy(dtype=np.str_),
-        labels=labels.to_numpy() if whole else labels.fillna("").astype(str).to_numpy(dtype=np.str_),
+        inputs=_cells(texts),
+        labels=labels.to_numpy() if whole else _cells(labels),
         columns=(text_column,),
     )
     return check_texts(table, label_column)
+
+
+def _cells(series: pd.Series[Any]) -> Any:
+    """Texts of a column of any type, empty where it has none."""
+    return series.astype(object).where(series.notna(), "").astype(str).to_numpy(dtype=np.str_)
 
 
 def _column(series: pd.Series[Any], origin: str, name: str) -> Any:

@@ -59,8 +59,6 @@ def text_table(origin: str, texts: Any, labels: Any) -> Table:
     wrong = next((row for row, text in enumerate(texts) if not isinstance(text, str)), None)
     if wrong is not None:
         raise DataError(f"{origin}, row {wrong} from 0: got a {type(texts[wrong]).__name__}; expected a text")
-    if len(texts) != len(labels):
-        raise DataError(f"{origin}: {len(texts)} texts and {len(labels)} labels; expected one label for each")
     return check_texts(Table(origin, np.array(list(texts), dtype=np.str_), _as_array(labels, f"{origin}: labels")))
 
 
@@ -104,6 +102,11 @@ def check_texts(table: Table, label_column: str = "label") -> Table:
     Raises:
         DataError: naming the first row without one.
     """
+    if table.labels.ndim != 1 or len(table.labels) != len(table.inputs):
+        raise DataError(
+            f"{table.origin}: labels of shape {list(table.labels.shape)} for {len(table.inputs)} texts; "
+            "expected one label for each"
+        )
     for name, column in (((table.columns or ("text",))[0], table.inputs), (label_column, table.labels)):
         empty = [row for row, cell in enumerate(column) if isinstance(cell, str) and not cell.strip()]
         if empty:

@@ -273,7 +273,7 @@ def _default(kind: str, source_name: Any) -> Table:
 
 def default_partition(source_name: Any) -> Table:
     """How a source is dealt out if the user does not say."""
-    return {"digits": _SMALL_PARTITION, "text-tasks": {"name": "task"}}.get(source_name, _DEFAULTS["partition"])
+    return {"digits": _SMALL_PARTITION, "text-tasks": {"name": "task"}}.get(str(source_name), _DEFAULTS["partition"])
 
 
 def _source_name(table: Mapping[str, Any]) -> Any:

@@ -24,10 +24,11 @@ def written_samples(setup: Setup, progress: Progress, model: Any) -> tuple[Mappi
         progress: Whose models write.
         model: The run's recipe, whose encoder knows the texts.
     """
-    encoder = encoder_of(model)
+    encoder: Any = encoder_of(model)
     if setup.data.kind != "completions" or encoder is None or not hasattr(setup.module, "complete"):
         return None
-    models, network = models_now(setup, progress), twin(setup.module).eval()
+    models = models_now(setup, progress)
+    network: Any = twin(setup.module).eval()
     samples: list[Mapping[str, str]] = []
     for i in _spread(setup):
         vector, client = models[i], setup.data.clients[i]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,16 +74,21 @@ class Client:
 
 
 def client_of(trained: Trained, client: Any) -> Client:
-    """A client by its name or index.
+    """A client by its name, or by its index as a number or text.
 
     Raises:
         UsageError: if there is none; names the nearest.
     """
     names = trained.record.client_names
-    if isinstance(client, str) and client in names:
-        index = names.index(client)
-    elif isinstance(client, (int, np.integer)) and not isinstance(client, bool) and 0 <= client < len(names):
-        index = int(client)
-    else:
+    index = _index_of(client, names)
+    if index is None:
         raise UsageError(f"{unknown_name('client', client, names)}, or 0..{len(names) - 1}")
     return Client(trained, index, trained.personal(index))
+
+
+def _index_of(client: Any, names: Sequence[str]) -> int | None:
+    if isinstance(client, str) and client in names:
+        return names.index(client)
+    number = int(client) if isinstance(client, str) and client.isdecimal() else client
+    is_index = isinstance(number, (int, np.integer)) and not isinstance(number, bool)
+    return int(number) if is_index and 0 <= number < len(names) else None

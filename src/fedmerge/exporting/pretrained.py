@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from fedmerge.core.errors import UsageError
 from fedmerge.exporting.client import Client
+from fedmerge.exporting.files import write_tensors
 from fedmerge.models._adapted import Adapted
 from fedmerge.models._blocks import Remembering
 from fedmerge.models._weights import quietly, require_extra, weights_folder
@@ -22,7 +21,7 @@ from fedmerge.models.hf import Hf
 
 _PUBLIC = {"minilm": "sentence-transformers/all-MiniLM-L6-v2"}
 """Hub names of the bases that fedmerge has a short name for."""
-_INSIDE = "base_model.model."
+INSIDE = "base_model.model."
 """PEFT's name for the network within."""
 
 
@@ -37,6 +36,7 @@ class Pretrained:
         classes: Names of the outputs, in order; empty for a language model.
         image: Height and width of images; None for texts.
         saved: Parts of the body that are the client's as a whole: its output layer and what is fresh beside it.
+        replaces: Whether the base brings an output layer of its own, which the client's takes the place of.
     """
 
     recipe: Hf
@@ -45,11 +45,17 @@ class Pretrained:
     classes: tuple[str, ...]
     image: tuple[int, int] | None
     saved: tuple[str, ...]
+    replaces: bool = False
 
     @property
     def base_name(self) -> str:
         """What others load the base by."""
         return _PUBLIC.get(self.recipe.path, self.recipe.path)
+
+    @property
+    def base_title(self) -> str:
+        """What it is called: its hub name, or the last part of a folder's path."""
+        return Path(self.base_name).name if Path(self.base_name).is_dir() else self.base_name
 
     @property
     def base_folder(self) -> str:
@@ -118,16 +124,24 @@ def _with_own_outputs(parts: Pretrained, own: list[int], num_classes: int) -> Pr
     base, config = parts.body.get_base_model(), parts.body.config
     name = _output_layer(base, num_classes)
     root = name.split(".")[0]
-    saved = parts.saved
-    if root not in saved:  # the checkpoint's own output layer, which was not trained
-        wrapper = peft.utils.ModulesToSaveWrapper(base.get_submodule(root), "default")
-        base.set_submodule(root, wrapper)
+    saved, replaces = parts.saved, root not in parts.saved
+    if replaces:  # the checkpoint's own output layer, which was not trained
+        wrapping: Any = peft.utils.ModulesToSaveWrapper
+        wrapper = wrapping(base.get_submodule(root), "default")
+        wrapper.set_adapter("default")
+        _put(base, root, wrapper)
         name = ".".join([root, "modules_to_save.default", *name.split(".")[1:]])
         saved = (*saved, root)
-    base.set_submodule(name, _cut(base.get_submodule(name), own))
+    _put(base, name, _cut(base.get_submodule(name), own))
     config.id2label = dict(enumerate(parts.classes))
     config.label2id = {label: k for k, label in enumerate(parts.classes)}
-    return replace(parts, saved=saved)
+    return replace(parts, saved=saved, replaces=replaces)
+
+
+def _put(module: nn.Module, name: str, part: nn.Module) -> None:
+    """Replaces a sub-module, in place."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(parent), leaf, part)
 
 
 def _output_layer(base: Any, num_classes: int) -> str:
@@ -137,7 +151,7 @@ def _output_layer(base: Any, num_classes: int) -> str:
         UsageError: if there is none.
     """
     inside = base.base_model_prefix + "."
-    found = [
+    found: list[str] = [
         name
         for name, part in base.named_modules()
         if isinstance(part, nn.Linear)
@@ -165,12 +179,6 @@ def adapter_tensors(parts: Pretrained) -> dict[str, Tensor]:
 def head_tensors(head: nn.Linear) -> dict[str, Tensor]:
     """Weight and bias of the output layer on the mean."""
     return {"weight": head.weight, "bias": head.bias}
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """A safetensors file that everybody may read."""
-    own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    path.write_bytes(save(own, {"format": "pt"}))
 
 
 def write_adapter(folder: Path, parts: Pretrained, tensors: Mapping[str, Tensor], saved: tuple[str, ...]) -> None:
@@ -220,11 +228,3 @@ def write_merged(client: Client, folder: Path) -> Pretrained:
     if parts.head is not None:
         write_tensors(folder / "head.safetensors", head_tensors(parts.head))
     return parts
-
-
-def write_form(client: Client, folder: Path) -> bool:
-    """``inputs.json``: how raw inputs are scaled, as in ``serving.json``; nothing where it is not known."""
-    form = client.trained.serving.form
-    if form is not None:
-        (folder / "inputs.json").write_text(json.dumps(form.plain(), indent=1) + "\n", encoding="utf-8")
-    return form is not None

@@ -217,6 +217,10 @@ def _tensors(path: Path, folder: Path) -> dict[str, Tensor]:
         raise _damaged(folder, f"{path.name}: {error}") from error
 
 
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def _damaged(folder: Path | None, why: str) -> FedmergeError:
     return FedmergeError(f"{folder} is damaged: {why}; the run cannot be used, make it again")
 
@@ -234,8 +238,8 @@ def _progress(setup: Setup, tensors: Mapping[str, Tensor], record: RunRecord, fo
             policy=setup.options.buffers,
             num_trainable=T,
         )
-    except (FedmergeError, KeyError) as error:
-        raise _damaged(folder, f"models.safetensors: {error}") from error
+    except (FedmergeError, KeyError, ValueError, TypeError) as error:
+        raise _damaged(folder, f"models.safetensors: {_first_line(error)}") from error
     _refuse_misfits(state, setup, record, folder)
     return Progress(state, fleet, record.selected().round)
 
@@ -251,7 +255,7 @@ def _refuse_misfits(state: Any, setup: Setup, record: RunRecord, folder: Path) -
         weights = setup.played.mixing(state)
         setup.played.send(state, torch.arange(len(record.client_names)))
     except (RuntimeError, IndexError, ValueError) as error:
-        raise _damaged(folder, f"models.safetensors: {str(error).splitlines()[0]}") from error
+        raise _damaged(folder, f"models.safetensors: {_first_line(error)}") from error
     broken = [name for name, tensor in state_tensors(state).items() if name.endswith("models") and tensor.isnan().any()]
     if broken or (weights is not None and len(weights) != len(record.client_names)):
         raise _damaged(folder, f"models.safetensors: {', '.join(broken) or 'merging weights of other clients'}")

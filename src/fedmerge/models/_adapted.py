@@ -88,7 +88,7 @@ class Adapted(nn.Module):
         new = self.memory.unknown(inputs)
         was_training = self.training
         self.eval()
-        for rows in inputs[new].split(_ROWS) if new else ():
+        for rows in torch.split(inputs[new], _ROWS) if new else ():
             if self.memory.num_bytes > _MOST_BYTES:
                 log.warning("frozen blocks are computed anew for some examples: more than 4 GiB would be kept")
                 break

@@ -8,6 +8,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from fedmerge.core.errors import FedmergeError
 from fedmerge.data.cache import cache_folder, locked
@@ -67,8 +68,9 @@ def require_extra() -> None:
 @contextmanager
 def quietly() -> Iterator[None]:
     """Within the block the libraries neither draw progress bars nor log advice."""
-    from transformers.utils import logging  # noqa: PLC0415 - optional extra
+    import transformers  # noqa: PLC0415 - optional extra
 
+    logging: Any = transformers.utils.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -130,9 +130,9 @@ class Hf:
         if self.adapter == "ia3":
             config: Any = peft.IA3Config(**_for_ia3(chosen, self.layers))
         else:
+            chosen["lora_alpha"] = 2 * self.rank if self.alpha is None else self.alpha
             config = peft.LoraConfig(
                 r=self.rank,
-                lora_alpha=2 * self.rank if self.alpha is None else self.alpha,
                 lora_dropout=self.dropout,
                 use_dora=self.adapter == "dora",
                 **chosen,

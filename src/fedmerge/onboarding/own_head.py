@@ -98,7 +98,7 @@ def fitted_head(features: Float[Tensor, "m F"], targets: Tensor, num_classes: in
 
     weight = torch.zeros(num_classes, features.shape[1], dtype=torch.float64)
     bias = torch.full((num_classes,), -_SURE, dtype=torch.float64)
-    present = targets.unique()
+    present = torch.unique(targets)
     if len(present) == 1:
         bias[present] = _SURE
         return torch.cat([weight.flatten(), bias])

@@ -74,14 +74,17 @@ class Server:
         record = replace(self.record, class_names=names)
         if names == self.record.class_names:
             return self
+        refusal = UsageError(
+            f"this client's classes are {', '.join(names)}; the run's network has an output layer for "
+            f"{', '.join(self.record.class_names)} only; give the run a name as its model, or a function of num_classes"
+        )
         if self.recipe is None:
-            raise UsageError(
-                f"this client's classes are {', '.join(names)}; the run's network has an output layer for "
-                f"{', '.join(self.record.class_names)} only; give the run a function or a name as its model"
-            )
+            raise refusal
         module = make_module(self.recipe, _shapes(self.serving.form, record), record.seed, dtype=self.dtype)
         options = self.serving.options
         layout = layout_of(module, head=options.head, frozen=options.frozen)
+        if layout.head_bias is None or layout.head_bias[1] - layout.head_bias[0] != len(names):
+            raise refusal
         return replace(self, record=record, module=module, layout=layout, kept=(layout.head,))
 
     @property
@@ -173,8 +176,13 @@ def server_of_folder(folder: Path, model: Any = None) -> Server:
     own = config.source if config and isinstance(config.source, FolderOptions) else FolderOptions(path="")
     _refuse_damaged(state, record, path, layout.num_params - sum(stop - start for start, stop in kept))
     found = _server(state, module, layout, serving, record)
-    columns = {"label_column": own.label_column, "text_column": own.text_column}
-    return replace(found, **columns, recipe=None if isinstance(recipe, nn.Module) else recipe, kept=kept)
+    return replace(
+        found,
+        label_column=own.label_column,
+        text_column=own.text_column,
+        recipe=None if isinstance(recipe, nn.Module) else recipe,
+        kept=kept,
+    )
 
 
 def _refuse_without_models(state: Mapping[str, Tensor], record: RunRecord) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from fedmerge.core.randomness import generator
 from fedmerge.data.partition import SPLITS, ClientPart, Partition, Split
 from fedmerge.data.partitions._registry import make_partition, partition
 from fedmerge.data.partitions._stock import Stock, draw_counts, stock_of
-from fedmerge.data.pool import Pool
+from fedmerge.data.pool import Ints, Pool
 
 
 @partition("task", citation="Chen et al. 2025, arXiv:2504.06768: clients of a foundation model with different tasks")
@@ -39,15 +39,21 @@ class Task:
         if pool.domain is None:
             raise DataError(f"{pool.name} has no tasks (domains); take a source that has, or another kind of partition")
         clients = []
+        known = np.full(len(pool), -1)  # sides of items that an earlier task has too
         for group, domain in enumerate(np.unique(pool.domain).tolist()):
             name = pool.domain_names[domain] if pool.domain_names else f"task-{domain}"
-            clients += self._clients(pool, domain, name, group, generator(seed, "partition task", group))
+            rng, own = generator(seed, "partition task", group), np.flatnonzero(pool.domain == domain)
+            stock = self._stock(pool, own, name, known[own], rng)
+            known = _decided(known, pool, own, stock)
+            clients += self._clients(stock, own, name, group, rng)
         return make_partition(self, pool, seed, clients)
 
-    def _clients(self, pool: Pool, domain: int, name: str, group: int, rng: np.random.Generator) -> list[ClientPart]:
-        assert pool.domain is not None  # noqa: S101 - checked in `split`
-        own = np.flatnonzero(pool.domain == domain)
-        sizes: dict[Split, int] = {"train": self.train, "validation": self.validation, "test": self.test}
+    @property
+    def _sizes(self) -> dict[Split, int]:
+        return {"train": self.train, "validation": self.validation, "test": self.test}
+
+    def _stock(self, pool: Pool, own: Ints, name: str, known: Ints, rng: np.random.Generator) -> Stock:
+        """The rows of one task."""
         part = replace(
             pool,
             name=f"task {name!r} of {pool.name}",
@@ -58,14 +64,18 @@ class Task:
             domain=None,
             answers=None,
         )
-        stock = stock_of(part, "all" if self.alpha is None else "class", list(sizes.values()), rng)
+        by: Literal["all", "class"] = "all" if self.alpha is None else "class"
+        stock = stock_of(part, by, list(self._sizes.values()), rng, known=known)
         stock.check(
-            {split: self.clients_per_task * size for split, size in sizes.items()},
+            {split: self.clients_per_task * size for split, size in self._sizes.items()},
             "take fewer clients_per_task, fewer items per client, or a larger source",
         )
+        return stock
+
+    def _clients(self, stock: Stock, own: Ints, name: str, group: int, rng: np.random.Generator) -> list[ClientPart]:
         clients = []
         for i in range(self.clients_per_task):
-            counts = self._counts(stock, sizes, name, rng)
+            counts = self._counts(stock, self._sizes, name, rng)
             rows: dict[str, Any] = {split: own[stock.take(split, counts[split])] for split in SPLITS}
             clients.append(ClientPart(f"{name}-{i}", **rows, group=group))
         return clients
@@ -89,3 +99,14 @@ class Task:
                 )
             counts[split], taken = drawn, taken + drawn
         return counts
+
+
+def _decided(known: Ints, pool: Pool, own: Ints, stock: Stock) -> Ints:
+    """[n] `known` with the sides that a task's stock gave to its items, wherever else these stand in the pool."""
+    if pool.item is None:
+        return known
+    sides = known.copy()
+    for side, split in enumerate(SPLITS):
+        rows = own[np.concatenate(stock.queues[split])]
+        sides[np.isin(pool.item, pool.item[rows])] = side
+    return sides

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -87,11 +87,12 @@ def with_prompts(pool: Pool, words: int) -> Pool:
     parts = [(" ".join(split[:words]), " ".join(split[words:])) for split in (str(t).split() for t in pool.inputs)]
     rows = np.flatnonzero([bool(rest) for _, rest in parts])
     columns = {name: getattr(pool, name) for name in ("targets", "user", "domain", "item")}
+    own: dict[str, Any] = {name: None if column is None else column[rows] for name, column in columns.items()}
     return replace(
         pool,
         inputs=np.array([parts[row][0] for row in rows], dtype=np.str_),
         answers=np.array([parts[row][1] for row in rows], dtype=np.str_),
-        **{name: None if column is None else column[rows] for name, column in columns.items()},
+        **own,
     )
 
 

@@ -1,0 +1,53 @@
+"""``fedmerge export``."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from fedmerge.api import export as export_model
+from fedmerge.cli.screen import out
+from fedmerge.exporting import KINDS
+
+
+def add_export_arguments(parser: argparse.ArgumentParser) -> None:
+    """The words and flags of the command."""
+    parser.add_argument("run", metavar="RUN", help="run folder that `fedmerge run` wrote")
+    parser.add_argument("client", metavar="CLIENT", help="name or number (from 0) of the client")
+    parser.add_argument("--out", metavar="FOLDER", required=True, help="folder to write; must be empty or new")
+    parser.add_argument(
+        "--as",
+        dest="kind",
+        metavar="KIND",
+        help=f"{', '.join(KINDS)} (default: peft for pretrained models, torch for others)",
+    )
+    parser.add_argument(
+        "--model", metavar="NAME", help="the network again, if it was your own: a name or path/to/file.py:Name"
+    )
+    parser.add_argument("--row", action="store_true", help="tell the client's merging weights in the model card")
+    parser.set_defaults(command=export)
+
+
+def export(options: argparse.Namespace) -> None:
+    """Writes the folder and names its files."""
+    found = export_model(
+        options.run,
+        options.client,
+        options.out,
+        kind=options.kind,
+        model=_model(options.model),
+        row=options.row,
+    )
+    for name in found.files:
+        out.print(str(found.folder / name), markup=False)
+    if found.difference is not None:
+        away = (
+            "of the client's adapters from the recipe's, relative"
+            if found.kind == "mergekit"
+            else "of outputs, at most"
+        )
+        out.print(f"difference  {found.difference:.1e} ({away})", markup=False)
+
+
+def _model(word: str | None) -> Any:
+    return {"name": "import", "path": word} if word is not None and ":" in word else word
