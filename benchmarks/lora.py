@@ -35,7 +35,6 @@ TRAINING = {"epochs": 1, "batch_size": 16, "optimizer": "adamw"}
 TASKS = ("sentiment", "topic", "spam", "supersense", "genre")
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "auto": ({}, {}),
-    "factors": ({}, {"merging": "factors"}),
     "product": ({}, {"merging": "product"}),
     "frozen A": ({"train_a": False}, {}),
 }
@@ -118,7 +117,7 @@ def onboarded(run: Any, pool: Pool, task: str, seed: int) -> dict[str, Any]:
     train, test = free[:SAMPLES], free[SAMPLES : SAMPLES + TESTED]
     names = [pool.class_names[k] for k in pool.targets]
     found: dict[str, Any] = {"accuracy": {}}
-    for way in ("auto", "weights", "uniform", "single", "fine-tune"):
+    for way in ("auto", "weights", "single", "fine-tune"):
         made = fedmerge.onboard(run, ([str(pool.inputs[r]) for r in train], [names[r] for r in train]), way=way)
         classes = list(made.server.record.class_names)
         wanted = np.array([classes.index(names[r]) if names[r] in classes else -1 for r in test])

@@ -276,10 +276,13 @@ def test_tags_that_do_not_fit_are_refused_by_their_row(bert, words, tags, messag
 @pytest.mark.parametrize("options", [{}, {"adapter": "dora"}, {"adapter": "ia3"}, {"train_a": False}, {"layers": 1}])
 def test_clients_learn_their_texts(bert, options):
     recipe = Hf(bert, **options)
-    data = from_texts(sites(), recipe.encoder())
-    run = fedmerge.run(data, model=recipe, method="fedavg", training=TRAINING, rounds=6, evaluate_every=3)
-    losses = [record.validation.loss[0] for record in run.record.evaluated()]
-    assert losses[-1] < losses[0]
+    data = from_texts(sites(), recipe.encoder(), validation=0.0)  # the last round counts
+    run = fedmerge.run(data, model=recipe, method="fedavg", training=TRAINING, rounds=8, evaluate_every=8)
+    inputs, targets = data.clients[0].train
+    before, after = run.outcome.setup.module.eval(), run.client_model("site-0")
+    with torch.no_grad():
+        losses = [float(nn.functional.cross_entropy(module(inputs), targets)) for module in (before, after)]
+    assert losses[1] < 0.8 * losses[0]
     assert run.record.rounds[1].bytes_down == 2 * 4 * run.record.num_params
 
 
@@ -381,3 +384,33 @@ def test_what_cannot_work_is_refused_in_one_line(bert, model, source, message, t
 def test_options_that_would_have_no_effect_are_refused(options):
     with pytest.raises(UsageError, match="got"):
         Hf("somewhere", **options)
+
+
+def test_a_model_that_completes_texts_has_no_output_layer_to_keep(gpt2):
+    recipe = Hf(gpt2, task="complete", max_length=24)
+    data = from_texts({name: (list(GOOD), list(BAD)) for name in "ab"}, recipe.encoder())
+    with pytest.raises(UsageError, match="no output layer that is trained"):
+        fedmerge.run(data, model=recipe, method="fedavg", keep=["head"], rounds=1)
+
+
+def test_completions_are_counted_by_example_and_not_by_token(gpt2):
+    recipe = Hf(gpt2, task="complete", max_length=24)
+    texts = [f"the food {word}" for word in ("a", "b", "c", "d", "e", "f", "g", "h", "i", "j")]
+    data = from_texts({"a": (texts, ["good"] * 10), "b": (texts, ["bad"] * 10)}, recipe.encoder())
+    assert data.class_counts() == tuple((client.num_train,) for client in data.clients)
+
+
+@pytest.mark.parametrize("options", [{"dtype": "bfloat16", "pooling": "model"}, {"dtype": "bfloat16", "task": "tag"}])
+def test_an_output_layer_in_float32_stands_on_a_narrower_base(bert, options):
+    module = built(Hf(bert, **options))
+    outputs = module(tokens(Hf(bert), "the food was good"))
+    assert outputs.dtype == torch.float32
+    outputs.sum().backward()
+    assert all(p.grad is not None for n, p in module.named_parameters() if p.requires_grad and "lora_A" not in n)
+
+
+def test_everything_can_be_in_float64(bert):
+    recipe = Hf(bert, layers=1)
+    data = from_texts(sites(), recipe.encoder())
+    run = fedmerge.run(data, model=recipe, method="fedavg", training=TRAINING, rounds=1, precision="float64")
+    assert run.outcome.setup.layout.dtype == torch.float64

@@ -163,8 +163,12 @@ def _explain_parser(parser: Parser) -> None:
 
 
 def _bench_parser(parser: Parser) -> None:
-    parser.usage = "fedmerge bench [short | full | lora | SUITE.toml] [options]\n       fedmerge bench --page-only FOLDER"
-    parser.add_argument("suite", nargs="?", metavar="SUITE", help="short (minutes; the default), full, lora, or a TOML file")
+    parser.usage = (
+        "fedmerge bench [short | full | lora | SUITE.toml] [options]\n       fedmerge bench --page-only FOLDER"
+    )
+    parser.add_argument(
+        "suite", nargs="?", metavar="SUITE", help="short (minutes; the default), full, lora, or a TOML file"
+    )
     parser.add_argument("--out", metavar="FOLDER", help="results and page; continued if it has results (bench-SUITE)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time (default: 1)")
     parser.add_argument("--settings", metavar="A,B", help="only these settings")

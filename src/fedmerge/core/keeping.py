@@ -194,6 +194,11 @@ def keeping(method: Algorithm[Any], layout: Layout, modules: tuple[str, ...]) ->
     """
     if not modules:
         return method
+    if "head" in modules and any(mark in layout.head_module for mark in (".lora_", ".ia3_")):
+        raise UsageError(
+            "keep: got 'head', but this network has no output layer that is trained (a model that completes texts "
+            "has a frozen one); leave it out, or name the sub-modules that clients keep"
+        )
     if getattr(method, "trains_several", False):
         name = type(getattr(method, "algorithm", method)).__name__  # a method may be wrapped in a merging space
         raise UsageError(

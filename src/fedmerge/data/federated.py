@@ -91,6 +91,8 @@ class FederatedData:
         """[N][K] train examples (of kind ``tags``: tokens) of each class."""
         if self.counts is not None:
             return self.counts
+        if self.kind == "completions":  # targets are tokens of what clients write, no classes
+            return tuple((client.num_train,) for client in self.clients)
         targets = (client.train.targets for client in self.clients)
         return tuple(tuple(t[t >= 0].bincount(minlength=self.num_classes).tolist()) for t in targets)
 

@@ -45,7 +45,7 @@ class Adapted(nn.Module):
         self.pad, self.image, self.memory = pad, image, memory
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Outputs in float32."""
+        """Outputs in float32, or float64 where the whole network is."""
         if self.image is not None:
             return self._of_images(inputs)
         inputs = inputs[:, : max(row_lengths(inputs), default=1)]
@@ -60,9 +60,9 @@ class Adapted(nn.Module):
         ids = torch.where(mask, inputs, self.pad)
         output = self.body(input_ids=ids, attention_mask=mask.long())
         if self.head is None:
-            logits: Tensor = output.logits.float()
-            return logits
-        hidden, real = output.last_hidden_state.float(), mask[..., None].float()
+            return _wide(output.logits)
+        hidden = _wide(output.last_hidden_state)
+        real = mask[..., None].to(hidden.dtype)
         mean = (hidden * real).sum(dim=1) / real.sum(dim=1).clamp_min(1)
         outputs: Tensor = self.head(mean)
         return outputs
@@ -71,8 +71,7 @@ class Adapted(nn.Module):
         pixels = inputs if inputs.shape[1] == 3 else inputs[:, :1].expand(-1, 3, -1, -1)
         if tuple(pixels.shape[2:]) != self.image:
             pixels = functional.interpolate(pixels, size=self.image, mode="bilinear", align_corners=False)
-        logits: Tensor = self.body(pixel_values=pixels).logits.float()
-        return logits
+        return _wide(self.body(pixel_values=pixels).logits)
 
     @torch.no_grad()
     def remember(self, inputs: Tensor) -> None:
@@ -114,3 +113,8 @@ class Adapted(nn.Module):
                 break
             tokens.append(best)
         return tokens[len(prompt) :]
+
+
+def _wide(values: Tensor) -> Tensor:
+    """In float32 at least."""
+    return values if values.dtype == torch.float64 else values.float()

@@ -146,6 +146,9 @@ class Hf:
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
                 parameter.requires_grad_(self.train_a or "lora_A" not in name)
+        for name, part in adapted.named_modules():
+            if isinstance(part, nn.Linear) and part.weight.requires_grad and ".lora_" not in name:
+                part.register_forward_pre_hook(_in_own_dtype)
         return adapted
 
     def _last_blocks(self, body: nn.Module, blocks: str | None) -> dict[str, Any]:
@@ -159,6 +162,12 @@ class Hf:
 
 
 _ATTENTION = (("query", "value"), ("q_proj", "v_proj"), ("q_lin", "v_lin"), ("c_attn",), ("qkv",))
+
+
+def _in_own_dtype(part: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """An output layer in float32 on a narrower base is given what it can read."""
+    dtype = next(part.parameters()).dtype
+    return tuple(value.to(dtype) if torch.is_tensor(value) else value for value in inputs)
 
 
 def _usual_targets(body: nn.Module) -> list[str] | None:
