@@ -30,7 +30,7 @@ from fedmerge.data.sources.text_tasks import TextTasks
 from fedmerge.models.hf import Hf
 from fedmerge.training import Descent, ModuleTask
 
-MODEL = {"path": "minilm", "layers": 2, "rank": 8, "max_length": 32, "dtype": "bfloat16"}
+MODEL: dict[str, Any] = {"path": "minilm", "layers": 2, "rank": 8, "max_length": 32, "dtype": "bfloat16"}
 TRAINING = {"epochs": 1, "batch_size": 16, "optimizer": "adamw"}
 TASKS = ("sentiment", "topic", "spam", "supersense", "genre")
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

@@ -48,7 +48,7 @@ def pretrained(folder: Path) -> Path:
     own.train_from_iterator(
         texts, trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=[END], show_progress=False)
     )
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=own, bos_token=END, eos_token=END)
+    tokenizer: Any = PreTrainedTokenizerFast(tokenizer_object=own, bos_token=END, eos_token=END)  # type: ignore[no-untyped-call]
     config = GPT2Config(
         vocab_size=len(tokenizer),
         n_embd=WIDTH,
@@ -69,7 +69,7 @@ def pretrained(folder: Path) -> Path:
     steps = len(rows) // 64
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda s: min(1, s / 50) * (1 - s / steps))
     order = torch.from_numpy(generator(0, "stand-in order").permutation(len(rows)))
-    for batch in order.split(64)[:steps]:
+    for batch in torch.split(order, 64)[:steps]:
         loss = model(input_ids=rows[batch], labels=rows[batch]).loss
         optimiser.zero_grad()
         loss.backward()

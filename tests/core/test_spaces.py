@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils._pytree import tree_leaves
 
 from fedmerge.algorithms import ALGORITHMS
 from fedmerge.algorithms.cfl import Cfl
@@ -12,13 +13,15 @@ from fedmerge.algorithms.fedavg import FedAvg
 from fedmerge.algorithms.fedmerge import FedMerge
 from fedmerge.algorithms.oracle import Oracle
 from fedmerge.core.adapters import averaging_error, pairs_of, product_means
+from fedmerge.core.ensemble import members
 from fedmerge.core.errors import UsageError
 from fedmerge.core.keeping import keeping
 from fedmerge.core.options import option_fields
 from fedmerge.core.protocol import Algorithm, Federation, Update, deliver, server_models, state_tensors, with_tensors
 from fedmerge.core.spaces import LIMIT, InSpace, in_space
 from fedmerge.core.vector import layout_of
-from fedmerge.runtime import Vectorised
+from fedmerge.runtime import Vectorised, personal_models
+from fedmerge.training import one_pass
 from small_federation import perceptron
 from small_lora import adapted, small_lora
 
@@ -84,7 +87,12 @@ def test_factors_are_the_method_itself(name):
     bare, fleet = FEDERATION.play(method, 4)
     found, own = FEDERATION.play(wrapped, 4)
     same(state_tensors(found.method), state_tensors(bare))
-    assert str(own.private) == str(fleet.private)
+    for left, right in zip(tree_leaves(own.private), tree_leaves(fleet.private), strict=True):
+        assert torch.equal(left, right)
+    steps, engine = [one_pass(examples, 4, 0.1) for examples in FEDERATION.data], FEDERATION.engine()
+    used = (personal_models(*played, steps, engine) for played in ((wrapped, found, own), (method, bare, fleet)))
+    for left, right in zip(*used, strict=True):
+        assert all(torch.equal(*pair) for pair in zip(members(left), members(right), strict=True))
     assert wrapped.cost(found) == method.cost(bare)
     assert wrapped.trains_several == getattr(method, "trains_several", False)
     assert wrapped.describe(found).items() >= method.describe(bare).items()
@@ -128,10 +136,10 @@ def test_every_model_becomes_the_truncated_mean_of_those_that_use_it():
     state = step(method, begin(method), replies(1))
     before, update = server_models(state.method), replies(2)
     after = server_models(step(method, state, update).method)
-    for j, members in enumerate(([0, 1, 2], [3, 4, 5])):
-        weights = COUNTS[members].double() / COUNTS[members].sum()
+    for j, group in enumerate(([0, 1, 2], [3, 4, 5])):
+        weights = COUNTS[group].double() / COUNTS[group].sum()
         for pair in PAIRS:
-            wanted = torch.einsum("n,noi->oi", weights, products(pair, before[j] - update.delta[members]))
+            wanted = torch.einsum("n,noi->oi", weights, products(pair, before[j] - update.delta[group]))
             torch.testing.assert_close(products(pair, after)[j], truncated(wanted, pair.rank), **CLOSE)
 
 
@@ -287,9 +295,9 @@ def test_the_error_of_a_round_is_the_mean_over_models_by_their_use():
     state = step(method, begin(method), replies(1))
     before, update = server_models(state.method), replies(2)
     errors = []
-    for j, members in enumerate(([0, 1, 2], [3, 4, 5])):
-        weights = COUNTS[members].double()[None] / COUNTS[members].sum()
-        errors.append(float(averaging_error(PAIRS, before[j] - update.delta[members], weights)))
+    for j, group in enumerate(([0, 1, 2], [3, 4, 5])):
+        weights = COUNTS[group].double()[None] / COUNTS[group].sum()
+        errors.append(float(averaging_error(PAIRS, before[j] - update.delta[group], weights)))
     n = COUNTS.double()
     used = [float((n[:3] ** 2).sum() / n[:3].sum()), float((n[3:] ** 2).sum() / n[3:].sum())]  # Σ share · examples
     wanted = (errors[0] * used[0] + errors[1] * used[1]) / sum(used)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import silhouette_score
 
-from fedmerge.algorithms.fedmerge import FedMerge
+from fedmerge.algorithms.fedmerge import ADAPTER_LEAN, FedMerge
 from fedmerge.core.protocol import Federation, Update, deliver
 from fedmerge.core.randomness import generator
 from fedmerge.core.structure import (
@@ -358,6 +358,15 @@ def test_fedmerge_looks_for_groups_of_adapters_where_the_models_are_adapters():
     plain = searched(progress, adapters=False)
     assert float(plain.gate) != gate
     assert len(plain.soup.models) != 5
+
+
+@pytest.mark.parametrize(("adapters", "lean"), [(False, 1.0), (True, ADAPTER_LEAN)])
+def test_adapters_begin_nearer_to_the_model_of_their_group(adapters, lean):
+    """The first logit is `lean` for the own group and 0 for the others."""
+    progress, _ = planted([8, 8, 8])
+    found = searched(progress, adapters=adapters).soup.logits[0]
+    assert found.unique().tolist() == [0.0, lean]
+    assert (found > 0).sum(dim=1).tolist() == [1] * 24
 
 
 def test_fedmerge_stays_one_adapter_where_there_are_no_groups():

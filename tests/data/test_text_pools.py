@@ -16,6 +16,7 @@ from fedmerge.data.federated import ClientData, Examples, FederatedData, check_f
 from fedmerge.data.form import TOKENS, form_from_plain, token_form
 from fedmerge.data.partition import ClientPart, Partition
 from fedmerge.data.pool import Pool
+from fedmerge.data.sources.brown import with_prompts
 
 NO = NO_TARGET
 TEXTS = ("ab", "cd", "ef", "gh", "ij", "kl", "mn", "op")
@@ -188,6 +189,17 @@ def test_a_partition_of_other_texts_is_refused():
     texts = pool()
     with pytest.raises(DataError, match="the partition was made for 'toy' with sha256"):
         deal(pool(answers=arrays_of(ANSWERS)), partition(texts, *APART), Letters())
+
+
+def test_texts_are_cut_into_prompts_and_what_follows():
+    """Two words begin; a text of two words has nothing to follow and is left out with its columns."""
+    texts = pool(inputs=arrays_of(["a b c", "d e", "f g h i", "j", "k l m", "n o p", "q r s", "t u v"]))
+    cut = with_prompts(texts, 2)
+    assert cut.inputs.tolist() == ["a b", "f g", "k l", "n o", "q r", "t u"]
+    assert cut.answers.tolist() == ["c", "h i", "m", "p", "s", "v"]
+    assert cut.targets.tolist() == texts.targets[[0, 2, 4, 5, 6, 7]].tolist()
+    assert cut.domain.tolist() == [0, 0, 1, 1, 1, 1]
+    assert (cut.user, cut.item, cut.class_names) == (None, None, texts.class_names)
 
 
 # ---------------------------------------------------------------------------------------- checks
