@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from fedmerge.data.byo import FolderOptions, from_arrays, from_dataset, from_folder, from_frame, from_texts
+from fedmerge.data.byo import from_arrays, from_dataset, from_folder, from_frame, from_texts
 from fedmerge.data.deal import deal
 from fedmerge.data.federated import ClientData, Examples, FederatedData, check_federation
+from fedmerge.data.folder_options import FolderOptions
 from fedmerge.data.partition import ClientPart, Partition
 from fedmerge.data.partitions import PARTITIONS
 from fedmerge.data.pool import Pool
