@@ -2,7 +2,8 @@
 
 Five text tasks, four clients each, MiniLM-L6 with LoRA of rank 8 on its last two blocks, as in `fedmerge bench lora`.
 
-Usage: python benchmarks/lora.py OUT [--seeds 10,11,12] [--lr 0.005] [--rounds 15]
+Usage: python benchmarks/lora.py OUT [--seeds 10,11,12] [--lr 0.002] [--rounds 15]
+writes OUT/measured.json; `python benchmarks/lora_page.py OUT` makes a page of it.
 """
 
 from __future__ import annotations
@@ -193,7 +194,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", type=lambda text: [int(word) for word in text.split(",")], default=[10, 11, 12])
-    parser.add_argument("--lr", type=float, default=0.005)
+    parser.add_argument("--lr", type=float, default=0.002)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--only", choices=("ready", "trained"))
     options = parser.parse_args()
