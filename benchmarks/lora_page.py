@@ -28,7 +28,8 @@ def page(folder: Path) -> str:
         "",
         "Clients and model as in [the benchmark](README.md), FedMerge as it comes, rate "
         f"{found['lr']}, {found['rounds']} rounds, seeds {seeds}. `python benchmarks/lora.py OUT` made it.",
-        "Other processes used the machine (two cores) meanwhile: seconds are upper bounds. ± is the standard deviation.",
+        "Other processes used the machine (two cores) meanwhile: seconds are upper bounds. ± is the "
+        "standard deviation.",
         *_spaces(found["spaces"]),
         *_memory(found["memory"]),
         *_clients(found["new_clients"]),
@@ -101,12 +102,15 @@ def _memory(found: dict[str, Line]) -> list[str]:
         "",
         f"- Peak of the process: {ready['peak'] / mega:.0f} MB when one round is done, {trained['peak'] / mega:.0f} MB "
         f"after ten. Of these {base / mega:.1f} MB are the base (bfloat16) and "
-        f"{trained['remembered_bytes'] / mega:.1f} MB what frozen blocks gave; the rest is Python, torch, transformers, "
+        f"{trained['remembered_bytes'] / mega:.1f} MB what frozen blocks gave; the rest is Python, "
+        "torch, transformers, "
         "the texts and one step.",
-        f"- An adapter is {vector / 1e3:.0f} kB. Between rounds base, server state (models and momentum) and one worker's "
+        f"- An adapter is {vector / 1e3:.0f} kB. Between rounds base, server state (models and momentum) "
+        "and one worker's "
         f"adapter and gradient are {held / mega:.2f} MB; base + 2 × adapter × (d + workers) is {bound / mega:.2f} MB.",
         f"- Within a round the replies of all 20 clients are there at once, as a list and stacked "
-        f"({40 * vector / mega:.1f} MB), and in the first three rounds their sums ({20 * vector / mega:.1f} MB): beyond that "
+        f"({40 * vector / mega:.1f} MB), and in the first three rounds their sums "
+        f"({20 * vector / mega:.1f} MB): beyond that "
         "bound. Clients' own output layers are not counted.",
     ]
 
@@ -124,7 +128,8 @@ def _clients(lines: list[Line]) -> list[str]:
         "",
         "## New clients from 20 texts",
         "",
-        "A federation of four of the tasks, then a client of one of them, and one of the task left out, whose labels are "
+        "A federation of four of the tasks, then a client of one of them, and one of the task left out, "
+        "whose labels are "
         "new. Accuracy (%) on 400 further texts.",
         *_table(["client", "runs", *ways, "seconds (auto)"], rows),
     ]
@@ -156,9 +161,11 @@ def _language_model(found: dict[str, Any]) -> list[str]:
         "",
         "## A language model",
         "",
-        "A GPT-2 of four blocks of width 128, pretrained on film reviews, adapted to the 15 genres of the Brown corpus by 30 "
+        "A GPT-2 of four blocks of width 128, pretrained on film reviews, adapted to the 15 genres of "
+        "the Brown corpus by 30 "
         "clients, two of each: LoRA of rank 8, a prompt of 8 words, loss on the completion "
-        "(`python benchmarks/lora_lm.py OUT`). Nats per token on test texts, less is better. The rate of a method is the "
+        "(`python benchmarks/lora_lm.py OUT`). Nats per token on test texts, less is better. The rate "
+        "of a method is the "
         "better of two by another seed's validation loss, the round by validation loss.",
         *_table(["method", "rate", "nats per token", "right tokens (%)", "models", "evidence"], rows),
         "",
