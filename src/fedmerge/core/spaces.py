@@ -146,24 +146,38 @@ class InSpace:
                     "models by weights that it tells; leave it out"
                 )
             return Spaced(after, _unknown(), _unknown(), torch.tensor(0))
-        used = share.sum(dim=0) > 0
-        errors = torch.zeros(len(models), dtype=torch.float64)
-        missed = torch.zeros_like(models)
-        for j in used.nonzero().flatten().tolist():
-            trained, weights = models[j] - update.delta, share[:, j][None]
-            errors[j] = averaging_error(self.pairs, trained, weights)[0]
-        use = (share * num_examples.double()[:, None]).sum(dim=0)
-        error = (errors * use / use.sum()).sum()
+        error = self._error(models, update.delta, share, num_examples)
         as_product = self._as_product(error)
         if as_product:
-            for j in used.nonzero().flatten().tolist():
-                trained, weights = models[j] - update.delta, share[:, j][None]
-                mean = weighted_sum(weights.T, trained).to(models.dtype)
-                missed[j] = product_means(self.pairs, trained, weights, mean)[0] - mean[0]
+            missed = self._missed(models, update.delta, share)[self._origins(state.method, after, len(models))]
             moved = server_models(after)
-            if moved is not None:
-                after = with_server_models(after, moved + missed[self._origins(state.method, after, len(missed))])
+            after = after if moved is None else with_server_models(after, moved + missed)
         return Spaced(after, error, self._merged(state, clients)[1], torch.tensor(int(as_product)))
+
+    def _error(
+        self,
+        models: Float[Tensor, "d P"],
+        delta: Float[Tensor, "C P"],
+        share: Float[Tensor, "C d"],
+        num_examples: Int[Tensor, " C"],
+    ) -> Float[Tensor, ""]:
+        """Of averaging the factors of this round's replies, mean over the models by the examples behind them."""
+        errors = torch.zeros(len(models), dtype=torch.float64)
+        for j in _used(share):
+            errors[j] = averaging_error(self.pairs, models[j] - delta, share[:, j][None])[0]
+        use = (share * num_examples.double()[:, None]).sum(dim=0)
+        return (errors * use / use.sum()).sum()
+
+    def _missed(
+        self, models: Float[Tensor, "d P"], delta: Float[Tensor, "C P"], share: Float[Tensor, "C d"]
+    ) -> Float[Tensor, "d P"]:
+        """What each model lacks to the average of the products, after the average of the factors."""
+        missed = torch.zeros_like(models)
+        for j in _used(share):
+            trained, weights = models[j] - delta, share[:, j][None]
+            mean = weighted_sum(weights.T, trained).to(models.dtype)
+            missed[j] = product_means(self.pairs, trained, weights, mean)[0] - mean[0]
+        return missed
 
     def _shares(
         self, before: Any, after: Any, clients: Int[Tensor, " C"], num_examples: Int[Tensor, " C"]
@@ -223,6 +237,11 @@ class InSpace:
 def _is_one_block(state: Any) -> bool:
     """Whether the whole vector shares a row of merging weights; some methods have rows for each layer."""
     return len(state_tensors(state).get("blocks", ())) <= 1
+
+
+def _used(share: Float[Tensor, "C d"]) -> list[int]:
+    """The models that a reply counts in."""
+    return [j for j, total in enumerate(share.sum(dim=0).tolist()) if total > 0]
 
 
 def _unknown() -> Tensor:
