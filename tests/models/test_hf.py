@@ -187,6 +187,18 @@ def test_what_frozen_blocks_give_is_remembered_and_makes_no_difference(bert):
     assert len(module.memory.outputs) == 2  # the rest is forgotten
 
 
+def test_what_is_remembered_does_not_depend_on_what_was_before(bert):
+    """In bfloat16, where another batch would round in another way."""
+    recipe = Hf(bert, layers=1, dtype="bfloat16")
+    inputs, module = tokens(recipe, *GOOD, *BAD), built(recipe)
+    module.remember(inputs)
+    fresh = dict(module.memory.outputs)
+    module.remember(tokens(recipe, *GOOD[:2], "the bank lowers its rate again this year"))
+    module.remember(inputs)
+    assert module.memory.outputs.keys() == fresh.keys()
+    assert all(torch.equal(module.memory.outputs[key], value) for key, value in fresh.items())
+
+
 def test_a_batch_with_an_unknown_text_is_computed(bert):
     recipe = Hf(bert, layers=1)
     module = trained_somewhat(built(recipe))

@@ -56,10 +56,15 @@ class Memory:
         return pad_sequence(known, batch_first=True) if len(known) == len(found) else None
 
     def unknown(self, inputs: Int[Tensor, "n L"]) -> list[int]:
-        """Rows that are not known yet, each text once; all that is not among `inputs` is forgotten."""
+        """Rows to be computed, each text once: none if exactly these are known, else all, and the others are forgotten.
+
+        What is computed together rounds together: a run gives the same bits whatever its process did before.
+        """
         first = {key: row for row, key in reversed(list(enumerate(_keys(inputs))))}
-        self.outputs = {key: output for key, output in self.outputs.items() if key in first}
-        return sorted(row for key, row in first.items() if key not in self.outputs)
+        if self.outputs.keys() == first.keys():
+            return []
+        self.outputs = {}
+        return sorted(first.values())
 
     def learn(self, inputs: Int[Tensor, "B l"], outputs: Float[Tensor, "B l H"]) -> None:
         """Keeps the outputs of a batch, each as long as its example."""
