@@ -1,4 +1,4 @@
-"""The committed results of the full benchmark are whole, belong to the suite of today, and give the committed page."""
+"""The committed results of the benchmarks are whole, belong to the suites of today, and give the committed pages."""
 
 from __future__ import annotations
 
@@ -14,21 +14,27 @@ from fedmerge.bench.store import read_results
 from fedmerge.bench.suite import Suite
 from fedmerge.bench.suite_file import read_suite, suite_path
 
-FOLDER = Path(__file__).parents[2] / "benchmarks" / "results" / "full"
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+
+
+@pytest.fixture(scope="module", params=["full", "lora"])
+def name(request: pytest.FixtureRequest) -> str:
+    found: str = request.param
+    return found
 
 
 @pytest.fixture(scope="module")
-def suite() -> Suite:
-    return read_suite("full")
+def suite(name: str) -> Suite:
+    return read_suite(name)
 
 
 @pytest.fixture(scope="module")
-def results() -> tuple[Result, ...]:
-    return read_results(FOLDER)
+def results(name: str) -> tuple[Result, ...]:
+    return read_results(RESULTS / name)
 
 
-def test_they_were_asked_for_by_the_suite_of_today() -> None:
-    assert (FOLDER / "suite.toml").read_text(encoding="utf-8") == suite_path("full").read_text(encoding="utf-8")
+def test_they_were_asked_for_by_the_suite_of_today(name: str) -> None:
+    assert (RESULTS / name / "suite.toml").read_text(encoding="utf-8") == suite_path(name).read_text(encoding="utf-8")
 
 
 def test_no_run_is_missing(suite: Suite, results: tuple[Result, ...]) -> None:
@@ -40,12 +46,12 @@ def test_tuning_runs_hold_no_test_scores(results: tuple[Result, ...]) -> None:
     assert not [result.label for result in results if result.stage == "tuning" and (result.test or result.last_test)]
 
 
-def test_the_page_is_made_from_them(suite: Suite, results: tuple[Result, ...], tmp_path: Path) -> None:
+def test_the_page_is_made_from_them(name: str, suite: Suite, results: tuple[Result, ...], tmp_path: Path) -> None:
     write_page(suite, results, tmp_path)
-    for name in (PAGE, CSV):
-        assert (tmp_path / name).read_text(encoding="utf-8") == (FOLDER / name).read_text(encoding="utf-8")
+    for file in (PAGE, CSV):
+        assert (tmp_path / file).read_text(encoding="utf-8") == (RESULTS / name / file).read_text(encoding="utf-8")
     drawn = {path.name for path in (tmp_path / "figures").iterdir()}
-    assert drawn == {path.name for path in (FOLDER / "figures").iterdir()}
+    assert drawn == {path.name for path in (RESULTS / name / "figures").iterdir()}
 
 
 def test_every_method_saw_the_same_data(results: tuple[Result, ...]) -> None:
