@@ -1,7 +1,7 @@
 """The page of what `lora.py` and `lora_lm.py` measured.
 
 Usage: python benchmarks/lora_page.py OUT
-writes OUT/measured.md from OUT/measured.json and OUT/lm.json.
+writes OUT/measured.md from OUT/measured.json, OUT/lm.json and the runs of `fedmerge bench lora --out OUT`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 Line = dict[str, Any]
+TASKS = ("sentiment", "topic", "spam", "supersense", "genre")
 
 
 def page(folder: Path) -> str:
@@ -30,6 +31,7 @@ def page(folder: Path) -> str:
         f"{found['lr']}, {found['rounds']} rounds, seeds {seeds}. `python benchmarks/lora.py OUT` made it.",
         "Other processes used the machine (two cores) meanwhile: seconds are upper bounds. ± is the "
         "standard deviation.",
+        *_by_task(folder),
         *_spaces(found["spaces"]),
         *_memory(found["memory"]),
         *_clients(found["new_clients"]),
@@ -55,6 +57,25 @@ def _table(heads: list[str], rows: list[list[str]]) -> list[str]:
 def _average(values: list[float | None]) -> str:
     known = [value for value in values if value is not None]
     return f"{statistics.fmean(known):.2f}" if known else "–"
+
+
+def _by_task(folder: Path) -> list[str]:
+    """Accuracy of every method on every task; clients come task by task, four each."""
+    runs = [json.loads(line) for line in (folder / "runs.jsonl").read_text(encoding="utf-8").splitlines()]
+    chosen = {(run["label"], run["seed"]): run for run in runs if run["stage"] == "report"}  # the last of each counts
+    rows = []
+    for label in sorted({label for label, _ in chosen}):
+        own = [run["test"] for (name, _), run in sorted(chosen.items()) if name == label]
+        tasks = [[statistics.fmean(scores[4 * k : 4 * k + 4]) for scores in own] for k in range(len(TASKS))]
+        rows.append([label, *map(_mean, tasks), _mean([statistics.fmean(scores) for scores in own])])
+    rows.sort(key=lambda row: -float(row[-1].split()[0]))
+    return [
+        "",
+        "## Task by task",
+        "",
+        "Test accuracy (%) of the benchmark's runs.",
+        *_table(["", *TASKS, "mean"], rows),
+    ]
 
 
 def _spaces(lines: list[Line]) -> list[str]:
