@@ -86,7 +86,7 @@ def one(base: Path, method: dict[str, Any], rate: float, seed: int, rounds: int,
     """One run on clients of the fifteen genres, two of each."""
     return fedmerge.run(
         Brown(prompt_words=8),
-        partition={"name": "task", "clients_per_task": 2, "train": 64, "validation": 20, "test": 40},
+        partition={"name": "task", "clients_per_task": 2, "train": 64, "validation": 12, "test": 24},
         model={"name": "hf", "path": str(base), "task": "complete", "rank": 8, "max_length": LENGTH, "separator": " "},
         method=method,
         rounds=rounds,
