@@ -85,9 +85,9 @@ def pretrained(folder: Path) -> Path:
 def one(base: Path, method: dict[str, Any], rate: float, seed: int, rounds: int, out: Path | None = None) -> Any:
     """One run on clients of the fifteen genres, two of each."""
     return fedmerge.run(
-        Brown(prompt_words=8),
+        Brown(sentences=1, max_chars=140, prompt_words=6),
         partition={"name": "task", "clients_per_task": 2, "train": 64, "validation": 12, "test": 24},
-        model={"name": "hf", "path": str(base), "task": "complete", "rank": 8, "max_length": LENGTH, "separator": " "},
+        model={"name": "hf", "path": str(base), "task": "complete", "rank": 8, "max_length": 64, "separator": " "},
         method=method,
         rounds=rounds,
         evaluate_every=5,
