@@ -85,7 +85,7 @@ def pretrained(folder: Path) -> Path:
 def one(base: Path, method: dict[str, Any], rate: float, seed: int, rounds: int, out: Path | None = None) -> Any:
     """One run on clients of the fifteen genres, two of each."""
     return fedmerge.run(
-        Brown(sentences=1, max_chars=140, prompt_words=6),
+        Brown(max_chars=140, prompt_words=6),
         partition={"name": "task", "clients_per_task": 2, "train": 64, "validation": 12, "test": 24},
         model={"name": "hf", "path": str(base), "task": "complete", "rank": 8, "max_length": 64, "separator": " "},
         method=method,
