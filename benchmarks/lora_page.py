@@ -182,8 +182,8 @@ def _language_model(found: dict[str, Any]) -> list[str]:
         "",
         "## A language model",
         "",
-        "A GPT-2 of four blocks of width 128, pretrained on film reviews, adapted to the 15 genres of the Brown corpus by "
-        "30 clients, two of each: LoRA of rank 8, passages cut at 140 characters, prompts of 6 words, loss on the "
+        "A GPT-2 of four blocks of width 128, pretrained on film reviews, adapted to the 15 genres of the Brown corpus "
+        "by 30 clients, two of each: LoRA of rank 8, passages cut at 140 characters, prompts of 6 words, loss on the "
         "completion (`python benchmarks/lora_lm.py OUT`). Nats per token on test texts, less is better. The rate of a "
         "method is the better of two by another seed's validation loss, the round by validation loss.",
         *_table(["method", "rate", "nats per token", "right tokens (%)", "models", "evidence"], rows),
