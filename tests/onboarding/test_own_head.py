@@ -126,3 +126,26 @@ def test_texts_of_a_new_task_are_onboarded_from_a_run_folder(tmp_path: Path) -> 
     found = fedmerge.onboard(tmp_path / "run", (texts, [text.split()[1] for text in texts]))
     assert found.server.record.class_names == ("food", "room")
     assert found.module()(data.clients[0].test.inputs).shape == (len(data.clients[0].test.targets), 2)
+
+
+def test_frozen_factors_are_those_of_the_run_or_refused(tmp_path: Path) -> None:
+    """They are drawn from the seed and in no file: other labels change nothing in them, another draw is told."""
+    recipe = Hf(tiny_models.tiny_bert(tmp_path / "model"), layers=1, max_length=16, train_a=False)
+    texts = [
+        f"{a} {b}" for a in ("good food", "bad food", "good room", "bad room") for b in ("this year", "again", "now")
+    ]
+    data = from_texts({f"site-{i}": (texts, [t.split()[0] for t in texts]) for i in range(4)}, recipe.encoder())
+    fedmerge.run(data, model=recipe, keep=["head"], method="fedavg", rounds=2, out=tmp_path / "run")
+    found = fedmerge.onboard(tmp_path / "run", (texts, ["abc"[i % 3] for i in range(12)]), way="uniform")
+
+    def frozen(module: nn.Module) -> list[torch.Tensor]:
+        return [p for name, p in module.named_parameters() if ".lora_A." in name]
+
+    run = fedmerge.run(data, model=recipe, keep=["head"], method="fedavg", rounds=1)
+    assert all(
+        torch.equal(a, b) for a, b in zip(frozen(found.module()), frozen(run.client_model("site-0")), strict=True)
+    )
+    path = tmp_path / "run" / "serving.json"
+    path.write_text(path.read_text().replace('"frozen_draw": "', '"frozen_draw": "0'))
+    with pytest.raises(fedmerge.FedmergeError, match="came out differently here"):
+        fedmerge.onboard(tmp_path / "run", (texts, ["abc"[i % 3] for i in range(12)]))

@@ -117,7 +117,7 @@ def execute(
     if folder is not None:
         create_run_folder(folder)
         write_inputs(folder, config, data)
-        write_serving(folder, model, training, options, data)
+        write_serving(folder, model, training, options, data, setup.module)
         write_run(folder, record)
     if foretell is not None:
         foretell(forecast(setup, progress))

@@ -5,10 +5,13 @@ Written as ``serving.json`` into every run folder.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from fedmerge.core.errors import FedmergeError
 from fedmerge.core.files import write_atomically
@@ -31,12 +34,36 @@ class Serving:
         training: What a client did in a round.
         options: Precision, buffers, head and the like.
         form: Of the raw inputs; None where it is not known.
+        frozen_draw: Hash of what the network drew and never trains, see `frozen_draw`; None where there is nothing.
     """
 
     model: dict[str, Any] | None
     training: LocalTraining
     options: RunOptions
     form: InputForm | None
+    frozen_draw: str | None = None
+
+
+def frozen_draw(module: nn.Module) -> str | None:
+    """Hash of the factors A of LoRA that are drawn from the run's seed and frozen: no file of a run holds them."""
+    drawn = [p for name, p in module.named_parameters() if ".lora_A." in name and not p.requires_grad]
+    digest = hashlib.sha256()
+    for parameter in drawn:
+        digest.update(parameter.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest() if drawn else None
+
+
+def refuse_other_draw(serving: Serving, module: nn.Module, folder: Path) -> None:
+    """Refuses a network whose frozen factors came out differently than in the run, under another torch for instance.
+
+    Raises:
+        FedmergeError: naming the folder.
+    """
+    if serving.frozen_draw is not None and serving.frozen_draw != frozen_draw(module):
+        raise FedmergeError(
+            f"{folder}: the frozen factors A of its adapters are drawn from the seed and came out differently here; "
+            "use the versions of torch and peft that the run was made with (run.json)"
+        )
 
 
 def recipe_table(model: Any) -> dict[str, Any] | None:
@@ -50,7 +77,14 @@ def recipe_table(model: Any) -> dict[str, Any] | None:
     return None if name is None else {"name": name, **plain_options(model)}
 
 
-def write_serving(folder: Path, model: Any, training: LocalTraining, options: RunOptions, data: FederatedData) -> None:
+def write_serving(
+    folder: Path,
+    model: Any,
+    training: LocalTraining,
+    options: RunOptions,
+    data: FederatedData,
+    module: nn.Module | None = None,
+) -> None:
     """Writes ``serving.json``.
 
     Args:
@@ -59,13 +93,17 @@ def write_serving(folder: Path, model: Any, training: LocalTraining, options: Ru
         training: What a client did in a round.
         options: Of the run.
         data: Its clients.
+        module: Its network.
     """
-    plain = {
+    plain: dict[str, Any] = {
         "model": recipe_table(model),
         "training": plain_options(training),
         "run": plain_options(options),
         "inputs": None if data.form is None else data.form.plain(),
     }
+    drawn = None if module is None else frozen_draw(module)
+    if drawn is not None:
+        plain["frozen_draw"] = drawn
     write_atomically(folder / _NAME, json.dumps(plain, indent=1) + "\n")
 
 
@@ -90,4 +128,4 @@ def read_serving(folder: Path) -> Serving | None:
     options = build_options(RunOptions, tables["run"], "run", faults)
     if training is None or options is None or not isinstance(model, (dict, type(None))):
         raise FedmergeError(f"{path} is damaged: {'; '.join(faults) or 'its model is no table'}; make the run again")
-    return Serving(model, training, options, form)
+    return Serving(model, training, options, form, plain.get("frozen_draw"))

@@ -31,7 +31,7 @@ from fedmerge.experiment.federation import (
     make_module,
 )
 from fedmerge.experiment.record import RunRecord, read_run
-from fedmerge.experiment.serving import Serving, read_serving, recipe_table
+from fedmerge.experiment.serving import Serving, read_serving, recipe_table, refuse_other_draw
 from fedmerge.experiment.simulation import Progress, Setup, models_now, one_thread
 from fedmerge.experiment.trial import choose_engine
 from fedmerge.models import NETWORKS
@@ -147,6 +147,7 @@ def trained_of_folder(folder: Path, model: Any = None) -> Trained:
         raise FedmergeError(f"{folder} has no serving.json, which names its network; make the run again")
     recipe = model if model is not None else _recipe(serving.model, folder)
     setup = _setup(record, serving, recipe)
+    refuse_other_draw(serving, setup.module, folder)
     if setup.layout.num_params != record.num_params:
         raise UsageError(
             f"model: got a {type(setup.module).__name__} of {setup.layout.num_params} parameters; the run's network "

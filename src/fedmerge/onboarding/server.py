@@ -24,7 +24,7 @@ from fedmerge.experiment.config import Config, build_config, read_toml
 from fedmerge.experiment.execute import Outcome
 from fedmerge.experiment.federation import load_data, make_module
 from fedmerge.experiment.record import RunRecord, read_run
-from fedmerge.experiment.serving import Serving, read_serving, recipe_table
+from fedmerge.experiment.serving import Serving, read_serving, recipe_table, refuse_other_draw
 from fedmerge.models import NETWORKS
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -81,6 +81,7 @@ class Server:
         if self.recipe is None:
             raise refusal
         module = make_module(self.recipe, _shapes(self.serving.form, record), record.seed, dtype=self.dtype)
+        _keep_frozen_draw(self.module, module)
         options = self.serving.options
         layout = layout_of(module, head=options.head, frozen=options.frozen)
         if layout.head_bias is None or layout.head_bias[1] - layout.head_bias[0] != len(names):
@@ -114,6 +115,15 @@ class Server:
         module = twin(self.module)
         self.layout.write(params, module)
         return module.eval()
+
+
+def _keep_frozen_draw(known: nn.Module, module: nn.Module) -> None:
+    """Gives a network with another output layer the frozen factors A that the run's models were trained with."""
+    drawn = {name: p for name, p in known.named_parameters() if ".lora_A." in name and not p.requires_grad}
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if name in drawn:
+                parameter.copy_(drawn[name])
 
 
 def merged(
@@ -166,6 +176,7 @@ def server_of_folder(folder: Path, model: Any = None) -> Server:
     serving = _serving_of(folder, config)
     recipe = model if model is not None else _recipe(serving.model, folder)
     module = make_module(recipe, _shapes(serving.form, record), record.seed, dtype=_DTYPES[serving.options.precision])
+    refuse_other_draw(serving, module, folder)
     layout = layout_of(module, head=serving.options.head, frozen=serving.options.frozen)
     kept = _kept_head(serving, layout)
     if layout.num_params != record.num_params:
