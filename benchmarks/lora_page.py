@@ -184,9 +184,8 @@ def _language_model(found: dict[str, Any]) -> list[str]:
         "",
         "A GPT-2 of four blocks of width 128, pretrained on film reviews, adapted to the 15 genres of the Brown corpus "
         "by 30 clients, two of each: LoRA of rank 8, passages cut at 140 characters, prompts of 6 words, loss on the "
-        "completion, "
-        f"{found['rounds']} rounds (`python benchmarks/lora_lm.py OUT`). Nats per token on test texts, less is better; the "
-        f"round by validation loss. {_rates(found)}",
+        f"completion, {found['rounds']} rounds (`python benchmarks/lora_lm.py OUT`). Nats per token on test texts, "
+        f"less is better; the round by validation loss. {_rates(found)}",
         *_table(["method", "rate", "nats per token", "right tokens (%)", "models", "evidence"], rows),
         "",
         *samples,
