@@ -117,7 +117,8 @@ def test_arrays_of_bytes_stay_images_and_others_become_float32(tmp_path, dtype, 
     ("column", "message"),
     [
         ([[1, 2], [3]], "column 'x': items are not numbers of one shape.*lists of numbers of one length"),
-        (["one", "two"], "column 'x': items are not numbers of one shape.*embeddings"),
+        (["one", " "], "column 'x', item 1: ' '; expected a text or a list of words"),
+        (["one", None], "column 'x', item 1: None; expected a text or a list of words"),
         ([[1.0, 2.0], [3.0, None]], "item 1 has NaN"),
         ([[1.0, 2.0], [3.0, float("inf")]], "item 1 has NaN or infinite"),
     ],
@@ -126,6 +127,33 @@ def test_inputs_that_are_not_numbers_of_one_shape_are_refused(tmp_path, column, 
     path = saved(tmp_path, {"x": column, "y": [0, 1]})
     with pytest.raises(DataError, match=message):
         HuggingFace(path=path, input_column="x", label_column="y").load()
+
+
+def test_texts_stay_texts(tmp_path):
+    columns = {"sentence": ["it rose", "it fell"], "label": [1, 0]}
+    pool = HuggingFace(path=saved(tmp_path, columns, PETS), input_column="sentence").load()
+    assert pool.is_text
+    assert pool.inputs.tolist() == ["it rose", "it fell"]
+    assert (pool.class_names, pool.targets.tolist(), pool.answers) == (("cat", "dog"), [1, 0], None)
+
+
+def test_prompts_have_completions(tmp_path):
+    columns = {"prompt": ["one", "two"], "completion": ["uno", "due"], "language": ["it", "es"]}
+    options = {"input_column": "prompt", "answer_column": "completion"}
+    path = saved(tmp_path, columns)
+    bare = HuggingFace(path=path, **options).load()
+    assert (bare.answers.tolist(), bare.class_names) == (["uno", "due"], ("text",))
+    dealt = HuggingFace(path=path, **options, label_column="language").load()
+    assert dealt.class_names == ("es", "it")
+
+
+def test_words_have_tags_by_their_declared_names(tmp_path):
+    tags = datasets.Sequence(datasets.ClassLabel(names=["O", "B-PER"]))
+    columns = {"tokens": [["Ann", "sleeps"], ["so", "does", "Bob"]], "ner": [[1, 0], [0, 0, 1]]}
+    path = saved(tmp_path, columns, {"ner": tags})
+    pool = HuggingFace(path=path, input_column="tokens", answer_column="ner").load()
+    assert pool.inputs.tolist() == ["Ann sleeps", "so does Bob"]
+    assert pool.answers.tolist() == ["B-PER O", "O O B-PER"]
 
 
 def test_a_size_for_numbers_is_refused(tmp_path):

@@ -58,11 +58,26 @@ def number_array(values: Any, where: str) -> NDArray[Any]:
     if array.dtype.kind not in "fiub":
         raise DataError(
             f"{where}: items are not numbers of one shape; expected images, numbers, or lists of numbers of one "
-            "length. Turn texts into numbers first, for example into embeddings"
+            "length, or texts"
         )
     if array.dtype == np.uint8 and array.ndim == 4:
         return array
     return (array[:, None] if array.ndim == 1 else array).astype(np.float32)
+
+
+def text_array(values: Sequence[Any], where: str) -> NDArray[np.str_]:
+    """Texts, or lists of words with a space between them, as one array [n].
+
+    Raises:
+        DataError: naming the first item that is neither, or empty.
+    """
+    texts = [" ".join(map(str, value)) if isinstance(value, (list, tuple)) else value for value in values]
+    for number, text in enumerate(texts):
+        if not isinstance(text, str) or not text.strip():
+            raise DataError(
+                f"{where}, item {number}: {text!r}; expected a text or a list of words; drop such items first"
+            )
+    return np.array(texts, dtype=np.str_)
 
 
 def numbered(values: Sequence[Any], where: str) -> tuple[Ints, tuple[str, ...]]:

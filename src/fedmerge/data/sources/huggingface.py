@@ -17,7 +17,7 @@ from fedmerge.core.options import check_options, option
 from fedmerge.core.randomness import generator
 from fedmerge.data.fetch import Progress, quiet
 from fedmerge.data.pool import Ints, Pool
-from fedmerge.data.sources._columns import image_array, number_array, numbered
+from fedmerge.data.sources._columns import image_array, number_array, numbered, text_array
 from fedmerge.data.sources._registry import Facts, check_extra, pool_name, source
 
 _FILES = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".json": "json", ".jsonl": "json"}
@@ -42,8 +42,11 @@ class HuggingFace:
     path: str = option(help="id on the Hub, or a folder (save_to_disk, parquet, arrow, csv, images) or file")
     subset: str | None = option(None, help="configuration of the data set, where it has several")
     splits: tuple[str, ...] = option((), help="splits that are pooled; all if none is named")
-    input_column: str | None = option(None, help="column of images, numbers or lists of numbers")
+    input_column: str | None = option(None, help="column of images, numbers, lists of numbers, texts or lists of words")
     label_column: str | None = option(None, help="column of classes")
+    answer_column: str | None = option(
+        None, help="of texts: column of completions or of lists of tags, for models that complete or tag"
+    )
     user_column: str | None = option(None, help="column of natural users (writers, sites)")
     domain_column: str | None = option(None, help="column of domains (styles, devices)")
     size: int | None = option(None, at_least=1, help="images are scaled to this many pixels per side")
@@ -64,7 +67,8 @@ class HuggingFace:
         progress(f"loading {self.path}", 0, None)
         with _silent():
             table = self._sample(self._pooled(self._open()))
-            targets, class_names = self._labels(table)
+            answers = self._answers(table)
+            targets, class_names = self._labels(table) if self._has_labels(table) else _one_class(len(table))
             user, user_names = self._numbered(table, self.user_column)
             domain, domain_names = self._numbered(table, self.domain_column)
             return Pool(
@@ -76,7 +80,26 @@ class HuggingFace:
                 domain=domain,
                 user_names=user_names,
                 domain_names=domain_names,
+                answers=answers,
             )
+
+    def _has_labels(self, table: Any) -> bool:
+        """Texts with answers need no class; one that is named or declared is kept, to deal them out by."""
+        import datasets  # noqa: PLC0415 - optional extra
+
+        declared = any(isinstance(feature, datasets.ClassLabel) for feature in table.features.values())
+        return self.answer_column is None or self.label_column is not None or declared
+
+    def _answers(self, table: Any) -> NDArray[Any] | None:
+        if self.answer_column is None:
+            return None
+        column = _known(table, self.answer_column)
+        feature = table.features[column]
+        names = getattr(getattr(feature, "feature", None), "names", None)
+        values = _values(table, column)
+        if names is not None:  # tags as numbers with declared names
+            values = [None if tags is None else [names[tag] for tag in tags] for tags in values]
+        return text_array(values, f"{self.path}, column {column!r}")
 
     def _open(self) -> Any:
         """What the library makes of the path: one table, or several by split."""
@@ -141,6 +164,8 @@ class HuggingFace:
             return image_array(_counted(table.select_columns([column]), column, progress), self.size, where)
         if self.size is not None:
             raise UsageError(f"{where}: `size` is for images, and the column's type is {table.features[column]}")
+        if _holds_texts(table.features[column]):
+            return text_array(_values(table, column), where)
         # without a type the library would widen uint8 images [c, h, w] to int64
         kept = {"dtype": np.uint8} if getattr(table.features[column], "dtype", None) == "uint8" else {}
         return number_array(table.select_columns([column]).with_format("numpy", **kept)[:][column], where)
@@ -166,6 +191,16 @@ class HuggingFace:
         if declared is not None:
             values = [None if value is None or value < 0 else declared[value] for value in values]
         return numbered(values, f"{self.path}, column {column!r}")
+
+
+def _one_class(count: int) -> tuple[Ints, tuple[str, ...]]:
+    return np.zeros(count, dtype=np.int64), ("text",)
+
+
+def _holds_texts(feature: Any) -> bool:
+    """Whether a column is declared as texts or as lists of them."""
+    inner = getattr(feature, "feature", feature)
+    return getattr(inner, "dtype", None) in ("string", "large_string")
 
 
 def _builder(path: Path) -> str:
