@@ -111,22 +111,21 @@ def new_clients(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def onboarded(run: Any, pool: Pool, task: str, seed: int) -> dict[str, Any]:
-    """Test accuracy of each way on texts that nobody trained on."""
+    """Test accuracy on texts that nobody trained on."""
     used = {str(text) for text in _texts_of(run)}
     own = np.flatnonzero(pool.domain == pool.domain_names.index(task))
     free = [row for row in np.random.default_rng(seed).permutation(own) if str(pool.inputs[row]) not in used]
     train, test = free[:SAMPLES], free[SAMPLES : SAMPLES + TESTED]
     names = [pool.class_names[k] for k in pool.targets]
     found: dict[str, Any] = {"accuracy": {}}
-    for way in ("auto", "weights", "single", "fine-tune"):
-        made = fedmerge.onboard(run, ([str(pool.inputs[r]) for r in train], [names[r] for r in train]), way=way)
-        classes = list(made.server.record.class_names)
-        wanted = np.array([classes.index(names[r]) if names[r] in classes else -1 for r in test])
-        with torch.no_grad():
-            outputs = made.module()(_tokens(run, [str(pool.inputs[r]) for r in test]))
-        found["accuracy"][way] = float((outputs.argmax(dim=1).numpy() == wanted).mean())
-        if way == "auto":
-            found |= {"way": made.way, "row": made.row.tolist(), "seconds": made.seconds}
+    given = [str(pool.inputs[row]) for row in train], [names[row] for row in train]
+    made = fedmerge.onboard(run, given)
+    classes = list(made.server.record.class_names)
+    wanted = np.array([classes.index(names[row]) if names[row] in classes else -1 for row in test])
+    with torch.no_grad():
+        outputs = made.module()(_tokens(run, [str(pool.inputs[row]) for row in test]))
+    found["accuracy"]["onboarded"] = float((outputs.argmax(dim=1).numpy() == wanted).mean())
+    found |= {"way": made.way, "row": made.row.tolist(), "seconds": made.seconds}
     found["accuracy"]["frozen base, own output layer"] = _frozen(run, pool, train, test)
     return found
 

@@ -152,7 +152,7 @@ def _clients(lines: list[Line]) -> list[str]:
         "A federation of four of the tasks, then a client of one of them, and one of the task left out, "
         "whose labels are "
         "new. Accuracy (%) on 400 further texts.",
-        *_table(["client", "runs", *ways, "seconds (auto)"], rows),
+        *_table(["client", "runs", *ways, "seconds"], rows),
     ]
 
 
