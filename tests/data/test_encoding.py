@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from fedmerge.core.errors import DataError, RowError
 from fedmerge.data.cache import cached_arrays, cached_pool
-from fedmerge.data.encoding import NO_TARGET, Encoder, encode_pool, encoded, same_texts, tag_names
+from fedmerge.data.encoding import NO_TARGET, Encoder, encode_pool, encoded, tag_names
 from fedmerge.data.pool import Pool
+from fedmerge.data.sources._texts import copies
 
 NO = NO_TARGET
 
@@ -130,7 +131,7 @@ def test_a_fault_is_told_with_where_its_row_stands():
 
 @given(st.lists(st.sampled_from(["A b", "a  B ", "ab", "c", ""])))
 def test_texts_that_differ_in_case_and_white_space_alone_are_the_same(texts):
-    found = same_texts(arrays_of(texts))
+    found = copies(texts)
     for one, text in zip(found, texts, strict=True):
         for other, that in zip(found, texts, strict=True):
             assert (one == other) == (text.lower().split() == that.lower().split())

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
-import numpy as np
 from numpy.typing import NDArray
 
 from fedmerge.core.errors import DataError, RowError
@@ -144,14 +142,3 @@ def encoded(
         )
     except RowError as error:
         raise DataError(f"{at(error.row)}: {error}") from error
-
-
-def same_texts(texts: NDArray[Any]) -> Ints:
-    """[n] the same number for texts that differ in case and white space only.
-
-    >>> same_texts(np.array(["A b", "c", "a  B"])).tolist()
-    [0, 1, 0]
-    """
-    seen: dict[bytes, int] = {}
-    keys = (hashlib.sha256(" ".join(str(text).lower().split()).encode()).digest() for text in texts)
-    return np.array([seen.setdefault(key, len(seen)) for key in keys], dtype=np.int64)

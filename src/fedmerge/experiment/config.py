@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tomli_w
+import torch
 
 from fedmerge.algorithms import ALGORITHMS
 from fedmerge.algorithms.fedmerge import FedMerge
@@ -57,6 +58,11 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         check_options(self)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of inputs and parameters: `precision` as torch knows it."""
+        return {"float32": torch.float32, "float64": torch.float64}[self.precision]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from fedmerge.core.errors import FedmergeError
+from fedmerge.core.errors import FedmergeError, UsageError
 from fedmerge.core.files import write_atomically
 from fedmerge.core.options import build_options
 from fedmerge.data import FederatedData
@@ -75,6 +75,26 @@ def recipe_table(model: Any) -> dict[str, Any] | None:
     """
     name = next((name for name in NETWORKS if NETWORKS[name].cls is type(model)), None)
     return None if name is None else {"name": name, **plain_options(model)}
+
+
+def recipe_of(serving: Serving, folder: Path) -> Any:
+    """The recipe of a run's network, from its folder.
+
+    Raises:
+        UsageError: if the network was the user's own.
+        FedmergeError: if it cannot be made.
+    """
+    table = serving.model
+    if table is None or table.get("name") == "import":
+        raise UsageError(
+            f"{folder}: its network is of your own and not in the folder; give it again: model=YOUR_MODULE in Python, "
+            "--model path/to/file.py:Name on the command line"
+        )
+    faults: list[str] = []
+    recipe = NETWORKS.build(table, "model", faults)
+    if recipe is None:
+        raise FedmergeError(f"{folder}: its network cannot be made: {'; '.join(faults)}")
+    return recipe
 
 
 def write_serving(

@@ -39,8 +39,6 @@ from fedmerge.runtime import (
 )
 from fedmerge.training import LocalTraining, Tally, draw_batches, one_pass, rate_of_round
 
-_DTYPES = {"float32": torch.float32, "float64": torch.float64}
-
 
 @dataclass(frozen=True)
 class Setup:
@@ -107,7 +105,7 @@ def prepare(
         training: What a client does in a round.
         options: Rounds, seed and the like.
     """
-    dtype = _DTYPES[options.precision]
+    dtype = options.dtype
     module = make_module(model, data, options.seed, dtype=dtype)
     layout = layout_of(module, head=options.head, frozen=options.frozen)
     data = channels_last(in_precision(data, dtype))

@@ -31,13 +31,10 @@ from fedmerge.experiment.federation import (
     make_module,
 )
 from fedmerge.experiment.record import RunRecord, read_run
-from fedmerge.experiment.serving import Serving, read_serving, recipe_table, refuse_other_draw
+from fedmerge.experiment.serving import Serving, read_serving, recipe_of, recipe_table, refuse_other_draw
 from fedmerge.experiment.simulation import Progress, Setup, models_now, one_thread
 from fedmerge.experiment.trial import choose_engine
-from fedmerge.models import NETWORKS
 from fedmerge.runtime import Fleet, Sequential
-
-_DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -145,7 +142,7 @@ def trained_of_folder(folder: Path, model: Any = None) -> Trained:
     serving = read_serving(folder)
     if serving is None:
         raise FedmergeError(f"{folder} has no serving.json, which names its network; make the run again")
-    recipe = model if model is not None else _recipe(serving.model, folder)
+    recipe = model if model is not None else recipe_of(serving, folder)
     setup = _setup(record, serving, recipe)
     refuse_other_draw(serving, setup.module, folder)
     if setup.layout.num_params != record.num_params:
@@ -157,23 +154,10 @@ def trained_of_folder(folder: Path, model: Any = None) -> Trained:
     return Trained(record, serving, recipe, setup, _progress(setup, tensors, record, folder), folder)
 
 
-def _recipe(table: Mapping[str, Any] | None, folder: Path) -> Any:
-    if table is None or table.get("name") == "import":
-        raise UsageError(
-            f"{folder}: its network is of your own and not in the folder; give it again: model=YOUR_MODULE in Python, "
-            "--model path/to/file.py:Name on the command line"
-        )
-    faults: list[str] = []
-    recipe = NETWORKS.build(table, "model", faults)
-    if recipe is None:
-        raise FedmergeError(f"{folder}: its network cannot be made: {'; '.join(faults)}")
-    return recipe
-
-
 def _setup(record: RunRecord, serving: Serving, recipe: Any) -> Setup:
     """As the run had it, but for the clients' examples."""
     options, data = serving.options, _nameless(record, serving)
-    module = make_module(recipe, data, record.seed, dtype=_DTYPES[options.precision])
+    module = make_module(recipe, data, record.seed, dtype=options.dtype)
     layout = layout_of(module, head=options.head, frozen=options.frozen)
     algorithm = _method(record)
     return Setup(
@@ -274,7 +258,7 @@ def _with_examples(setup: Setup, record: RunRecord, folder: Path) -> Setup:
     raw = load_data(config.source, config.partition, config.run.seed, config.model)
     if raw.sha256() != record.data_sha256:
         raise FedmergeError(f"{folder}: the data that config.toml names are no longer those of the run; make it again")
-    data = channels_last(in_precision(raw, _DTYPES[setup.options.precision]))
+    data = channels_last(in_precision(raw, setup.options.dtype))
     descent = setup.training.descent()
     engine = choose_engine(setup.options.runtime, setup.module, setup.layout, descent, data)
     return replace(setup, data=data, engine=engine)

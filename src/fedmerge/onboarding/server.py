@@ -24,10 +24,7 @@ from fedmerge.experiment.config import Config, build_config, read_toml
 from fedmerge.experiment.execute import Outcome
 from fedmerge.experiment.federation import load_data, make_module
 from fedmerge.experiment.record import RunRecord, read_run
-from fedmerge.experiment.serving import Serving, read_serving, recipe_table, refuse_other_draw
-from fedmerge.models import NETWORKS
-
-_DTYPES = {"float32": torch.float32, "float64": torch.float64}
+from fedmerge.experiment.serving import Serving, read_serving, recipe_of, recipe_table, refuse_other_draw
 
 
 @dataclass(frozen=True)
@@ -91,7 +88,7 @@ class Server:
     @property
     def dtype(self) -> torch.dtype:
         """Of inputs and parameters."""
-        return _DTYPES[self.serving.options.precision]
+        return self.serving.options.dtype
 
     @property
     def uniform(self) -> Float[Tensor, "G d"]:
@@ -174,8 +171,8 @@ def server_of_folder(folder: Path, model: Any = None) -> Server:
     _refuse_without_models(state, record)
     config = _config_of(folder)
     serving = _serving_of(folder, config)
-    recipe = model if model is not None else _recipe(serving.model, folder)
-    module = make_module(recipe, _shapes(serving.form, record), record.seed, dtype=_DTYPES[serving.options.precision])
+    recipe = model if model is not None else recipe_of(serving, folder)
+    module = make_module(recipe, _shapes(serving.form, record), record.seed, dtype=serving.options.dtype)
     refuse_other_draw(serving, module, folder)
     layout = layout_of(module, head=serving.options.head, frozen=serving.options.frozen)
     kept = _kept_head(serving, layout)
@@ -288,19 +285,6 @@ def _serving_of(folder: Path, config: Config | None) -> Serving:
         )
     form = load_data(config.source, config.partition, config.run.seed, config.model).form
     return Serving(recipe_table(config.model), config.training, config.run, form)
-
-
-def _recipe(table: dict[str, Any] | None, folder: Path) -> Any:
-    if table is None or table.get("name") == "import":
-        raise UsageError(
-            f"{folder} was made with a network of your own, which its files do not hold; give it again: "
-            "model=YOUR_MODULE in Python, --model path/to/file.py:Name on the command line"
-        )
-    faults: list[str] = []
-    recipe = NETWORKS.build(table, "model", faults)
-    if recipe is None:
-        raise FedmergeError(f"{folder}: its network cannot be made: {'; '.join(faults)}")
-    return recipe
 
 
 def _shapes(form: InputForm | None, record: RunRecord) -> FederatedData:
