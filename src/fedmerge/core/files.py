@@ -1,4 +1,4 @@
-"""Files that a reader sees whole or not at all."""
+"""Files that a reader sees whole or not at all, and private ones that only their owner reads."""
 
 from __future__ import annotations
 
@@ -6,22 +6,60 @@ import errno
 import os
 from pathlib import Path
 
+PRIVATE = 0o600
 
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a text file so that a reader never sees half of it.
+
+def write_atomically(path: Path, content: str | bytes, *, private: bool = False) -> None:
+    """Writes a file so that a reader never sees half of it.
+
+    Args:
+        path: Replaced as a whole.
+        content: A text is written as UTF-8.
+        private: Only the owner may read it, whatever the umask, from the first byte on; also where it replaces a file
+            that others could read.
 
     Raises:
         OSError: if it cannot be written; nothing is left behind then.
     """
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    data = content.encode("utf-8") if isinstance(content, str) else content
     temporary = path.with_name(path.name + ".part")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
+        if private:
+            temporary.unlink(missing_ok=True)  # the rest of a killed run may be open to others
+        with os.fdopen(_opened(temporary, os.O_EXCL if private else os.O_TRUNC, private=private), "wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def append_text(path: Path, text: str, *, private: bool = False) -> None:
+    """Appends a text as UTF-8; a new file is made if there is none.
+
+    Args:
+        path: Grows; what a killed run left of its last line stays.
+        text: With its line ends.
+        private: As in `write_atomically`; a file that others could read is closed to them first.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    with os.fdopen(_opened(path, os.O_APPEND, private=private), "ab") as file:
+        file.write(text.encode("utf-8"))
+
+
+def _opened(path: Path, flags: int, *, private: bool) -> int:
+    """A descriptor to write to; a private file has its mode before it has any content."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | flags, PRIVATE if private else 0o666)
+    if private:
+        try:
+            os.fchmod(descriptor, PRIVATE)  # a umask may have taken the owner's rights, an older file may be open
+        except OSError:
+            os.close(descriptor)
+            raise
+    return descriptor
