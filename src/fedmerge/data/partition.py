@@ -103,10 +103,10 @@ class Partition:
         """Hash of everything in the partition; equal for the same kind, options, seed and pool."""
         return hashlib.sha256(_canonical(self.plain()).encode()).hexdigest()
 
-    def save(self, path: Path | str) -> None:
-        """Writes the partition so that a reader sees all of it or nothing."""
+    def save(self, path: Path | str, *, private: bool = False) -> None:
+        """Writes the partition so that a reader sees all of it or nothing; a private file only its owner may read."""
         text = _canonical({**self.plain(), "sha256": self.sha256()}) + "\n"
-        write_atomically(Path(path), text)
+        write_atomically(Path(path), text, private=private)
 
     @classmethod
     def load(cls, path: Path | str) -> Partition:

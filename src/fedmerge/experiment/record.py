@@ -10,6 +10,9 @@ A run folder holds::
     rounds.jsonl         one RoundRecord per line, flushed after every round
     models.safetensors   the server's state at the selected round, whose scores are reported
     last.safetensors     the same after the last round
+
+Merging weights and whatever else tells of single clients stand in files that only their owner may read (mode 0600):
+run.json, rounds.jsonl, both .safetensors, the partition and its picture, and report.html.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 
 from fedmerge.core.errors import FedmergeError
-from fedmerge.core.files import write_atomically
+from fedmerge.core.files import append_text, write_atomically
 from fedmerge.core.options import build_options
 
 T = TypeVar("T")
@@ -191,18 +194,17 @@ def to_plain(value: Any) -> Any:
 
 
 def write_run(folder: Path, run: RunRecord) -> None:
-    """Writes ``run.json`` (without rounds)."""
+    """Writes ``run.json`` (without rounds), which only its owner may read: it tells of every client."""
     plain = to_plain(dataclasses.replace(run, rounds=()))
     del plain["rounds"]
     if run.evaluated():
         plain["selected_round"] = run.selected().round  # for other readers; `selected` finds it in the rounds
-    write_atomically(folder / "run.json", json.dumps(plain, indent=1) + "\n")
+    write_atomically(folder / "run.json", json.dumps(plain, indent=1) + "\n", private=True)
 
 
 def append_round(folder: Path, record: RoundRecord) -> None:
-    """Appends one line to ``rounds.jsonl`` and flushes it."""
-    with (folder / "rounds.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(to_plain(record)) + "\n")
+    """Appends one line to ``rounds.jsonl``, which only its owner may read, and flushes it."""
+    append_text(folder / "rounds.jsonl", json.dumps(to_plain(record)) + "\n", private=True)
 
 
 def _parsed(text: str) -> dict[str, Any]:

@@ -43,25 +43,26 @@ def create_run_folder(folder: Path) -> None:
 
 
 def write_inputs(folder: Path, config: Config | None, data: FederatedData) -> None:
-    """Configuration (for runs made from one), partition and its picture."""
+    """Configuration (for runs made from one), partition and its picture; the last two tell of every client."""
     if config is not None:
         write_atomically(folder / "config.toml", config_text(config))
     if data.partition is not None:
-        data.partition.save(folder / "partition.json")
-    write_atomically(folder / "partition.svg", partition_svg(data))
+        data.partition.save(folder / "partition.json", private=True)
+    write_atomically(folder / "partition.svg", partition_svg(data), private=True)
 
 
 def write_models(path: Path, progress: Progress) -> None:
-    """The server's state as ``server.*``, and what clients keep as ``client.<i>.<k>`` and ``buffers.<i>``."""
+    """The server's state as ``server.*``, and what clients keep as ``client.<i>.<k>`` and ``buffers.<i>``.
+
+    The state holds the merging weights, which say who is like whom: only the owner may read the file.
+    """
     tensors = {f"server.{name}": tensor for name, tensor in state_tensors(progress.state).items()}
     for i, (private, buffers) in enumerate(zip(progress.fleet.private, progress.fleet.buffers, strict=True)):
         tensors.update({f"client.{i}.{k}": leaf for k, leaf in enumerate(tree_leaves(private))})
         if progress.fleet.policy == "local" and len(buffers):
             tensors[f"buffers.{i}"] = buffers
-    temporary = path.with_name(path.name + ".part")
     content = save({name: _own_memory(tensor) for name, tensor in tensors.items()}, {"round": str(progress.round)})
-    temporary.write_bytes(content)  # `save_file` would make a file that only its owner can read
-    temporary.replace(path)
+    write_atomically(path, content, private=True)
 
 
 def _own_memory(tensor: Tensor) -> Tensor:

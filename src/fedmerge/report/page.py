@@ -57,7 +57,7 @@ def write_report(runs: Sequence[RunRecord], target: Path, *, reference: str | No
         raise UsageError(f"{target} is a folder; give the file to write, for example {target / 'report.html'}")
     page = report_page(studies(runs, reference=reference))
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(target, page)
+    write_atomically(target, page, private=True)
     return target
 
 
