@@ -122,8 +122,8 @@ def without_tensor(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda folder: (folder / "models.safetensors").write_bytes(b"x"), "is damaged: models.safetensors"),
-        (lambda folder: (folder / "models.safetensors").unlink(), "is damaged: models.safetensors"),
+        (lambda folder: (folder / "models.safetensors").write_bytes(b"x"), r"models\.safetensors is damaged"),
+        (lambda folder: (folder / "models.safetensors").unlink(), r"models\.safetensors is damaged"),
         (without_tensor, "the saved state has no 'soup.logits'"),
         (changed_tensor("server.soup.models", lambda t: t[:, 1:]), "not as long as its network"),
         (changed_tensor("server.soup.models", lambda t: t * float("nan")), "is damaged"),

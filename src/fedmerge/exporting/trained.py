@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -19,6 +17,7 @@ from fedmerge.core.errors import FedmergeError, UsageError
 from fedmerge.core.keeping import keeping, travelling
 from fedmerge.core.protocol import Algorithm, Batch, Batches, state_tensors, take, with_tensors
 from fedmerge.core.spaces import in_space
+from fedmerge.core.tensor_files import read_tensors
 from fedmerge.core.vector import layout_of
 from fedmerge.data import ClientData, Examples, FederatedData
 from fedmerge.experiment.config import RunOptions, build_config, read_toml
@@ -197,9 +196,9 @@ def _played(algorithm: Algorithm[Any], layout: Any, options: RunOptions) -> Algo
 
 def _tensors(path: Path, folder: Path) -> dict[str, Tensor]:
     try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise _damaged(folder, f"{path.name}: {error}") from error
+        return read_tensors(path, name=path.name)
+    except FedmergeError as error:
+        raise FedmergeError(f"{folder}: {error}; the run cannot be used, make it again") from error
 
 
 def _first_line(error: Exception) -> str:

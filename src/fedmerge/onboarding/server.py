@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fedmerge.core.errors import FedmergeError, UsageError
 from fedmerge.core.protocol import SERVER_MODELS, state_tensors
 from fedmerge.core.ranges import Ranges, gathered, woven
 from fedmerge.core.soup import merge, mixing
+from fedmerge.core.tensor_files import read_tensors
 from fedmerge.core.vector import Layout, layout_of, twin
 from fedmerge.data import ClientData, Examples, FederatedData, FolderOptions
 from fedmerge.data.form import InputForm
@@ -163,9 +162,9 @@ def server_of_folder(folder: Path, model: Any = None) -> Server:
     if not path.is_file():
         raise FedmergeError(f"{folder} has no models.safetensors (its run is {record.status}); give a finished run")
     try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise FedmergeError(f"{path} is damaged: {error}; the run cannot be used, make it again") from error
+        tensors = read_tensors(path)
+    except FedmergeError as error:
+        raise FedmergeError(f"{error}; the run cannot be used, make it again") from error
     state = {name.removeprefix("server."): tensor for name, tensor in tensors.items() if name.startswith("server.")}
     state = {name.removeprefix("method."): tensor for name, tensor in state.items()}
     _refuse_without_models(state, record)
