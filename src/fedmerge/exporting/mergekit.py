@@ -165,7 +165,7 @@ def _loads_bare(parts: Pretrained) -> bool:
     from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES  # noqa: PLC0415
 
     with quietly():
-        names = AutoConfig.from_pretrained(parts.base_folder).architectures
+        names = AutoConfig.from_pretrained(parts.base_folder, trust_remote_code=False).architectures
     if not names:
         raise UsageError(
             f"{parts.base_name!r}: its config.json names no architecture, which mergekit needs; take kind 'merged'"

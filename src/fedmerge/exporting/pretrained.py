@@ -218,13 +218,13 @@ def write_merged(client: Client, folder: Path) -> Pretrained:
     parts = pretrained_of(client)
     with quietly():
         whole = merged_body(parts).to(getattr(torch, parts.recipe.dtype))
-        original = AutoConfig.from_pretrained(parts.base_folder)
+        original = AutoConfig.from_pretrained(parts.base_folder, trust_remote_code=False)
         for name, value in vars(original).items():
             if "dropout" in name or name.endswith("_pdrop"):
                 setattr(whole.config, name, value)
         whole.save_pretrained(str(folder))
         if parts.image is None:
-            AutoTokenizer.from_pretrained(parts.base_folder).save_pretrained(str(folder))
+            AutoTokenizer.from_pretrained(parts.base_folder, trust_remote_code=False).save_pretrained(str(folder))
     if parts.head is not None:
         write_tensors(folder / "head.safetensors", head_tensors(parts.head))
     return parts

@@ -89,7 +89,7 @@ def _lacks_padding(parts: Pretrained) -> bool:
     from transformers import AutoTokenizer  # noqa: PLC0415 - optional extra
 
     with quietly():
-        return AutoTokenizer.from_pretrained(parts.base_folder).pad_token is None
+        return AutoTokenizer.from_pretrained(parts.base_folder, trust_remote_code=False).pad_token is None
 
 
 def _use(parts: Pretrained) -> list[str]:

@@ -173,7 +173,7 @@ def _tokenizer(path: str) -> Any:
     folder = weights_folder(path)
     try:
         with quietly():
-            tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True)
+            tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UsageError(f"model.path: {path!r} has no tokenizer that can be loaded: {reason}") from error

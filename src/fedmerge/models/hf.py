@@ -207,7 +207,7 @@ def _config(folder: str) -> _Facts:
     from transformers import AutoConfig  # noqa: PLC0415 - optional extra
 
     with _telling(folder), quietly():
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         from transformers.models.auto.modeling_auto import (  # noqa: PLC0415
             MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
             MODEL_FOR_MASKED_LM_MAPPING_NAMES,
@@ -255,7 +255,7 @@ def _base(folder: str, kind: str, num_classes: int, dtype: str, dropout: float) 
 
     loader = getattr(transformers, kind)
     with _telling(folder), quietly():
-        config = copy.deepcopy(transformers.AutoConfig.from_pretrained(folder))
+        config = copy.deepcopy(transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False))
         for name, value in vars(config).items():
             if ("dropout" in name or name.endswith("_pdrop")) and isinstance(value, (int, float)):
                 setattr(config, name, dropout)
@@ -264,7 +264,12 @@ def _base(folder: str, kind: str, num_classes: int, dtype: str, dropout: float) 
         if config.__dict__.get("pad_token_id") is None:
             config.pad_token_id = 0
         body, info = loader.from_pretrained(
-            folder, config=config, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True
+            folder,
+            config=config,
+            dtype=getattr(torch, dtype),
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
     for parameter in body.parameters():
         parameter.requires_grad_(False)
