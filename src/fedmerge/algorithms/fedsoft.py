@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -15,6 +16,9 @@ from fedmerge.core.options import check_options, option
 from fedmerge.core.protocol import Batches, Cost, Draw, Federation, Task
 from fedmerge.core.soup import shares
 from fedmerge.core.sums import weighted_sum
+
+ROUNDING = 1e-3
+"""How far importance weights may be from adding up to 1."""
 
 
 class Received(NamedTuple):
@@ -113,6 +117,13 @@ class FedSoft:
     def personal(self, down: Received, local: _parts.Own, batches: Batches, task: Task) -> Float[Tensor, " P"]:
         """The client's own model; the mean of the models before it has one."""
         return _parts.own_or_received(down.models.mean(dim=0), local)
+
+    def check_reply(self, tensors: Mapping[str, Tensor]) -> str | None:
+        """Importance weights, where there are any, are shares of 1."""
+        importance = tensors["importance"]
+        if len(importance) == 0 or (bool((importance >= 0).all()) and abs(float(importance.sum()) - 1) < ROUNDING):
+            return None
+        return "importance: got weights that are negative or do not sum to 1"
 
     def receive(self, state: Soft, clients: Int[Tensor, " C"], update: Reply, num_examples: Int[Tensor, " C"]) -> Soft:
         """Every model becomes the mean of the clients' models, weighted by u_is·n_i."""

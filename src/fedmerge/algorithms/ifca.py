@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -86,6 +87,11 @@ class Ifca:
     ) -> Float[Tensor, " P"]:
         """The model with the lowest loss on the client's training data."""
         return torch.index_select(down, 0, _best(down, batches, task)[None])[0]
+
+    def check_reply(self, tensors: Mapping[str, Tensor]) -> str | None:
+        """The model that a client says it trained must be one of those it was sent."""
+        model = int(tensors["model"])
+        return None if 0 <= model < self.num_models else f"model: got {model}; expected 0..{self.num_models - 1}"
 
     def receive(
         self, state: Clusters, clients: Int[Tensor, " C"], update: Choice, num_examples: Int[Tensor, " C"]

@@ -21,6 +21,7 @@ from fedmerge.core.ensemble import Personal, members, with_members
 from fedmerge.core.errors import UsageError
 from fedmerge.core.protocol import Algorithm, Batch, Batches, Cost, Draw, Federation, Slope, Task
 from fedmerge.core.ranges import Ranges, gathered, rest, woven
+from fedmerge.core.replies import Check, check_of
 from fedmerge.core.vector import Layout
 
 
@@ -54,6 +55,11 @@ class Keeping:
     def travelling(self) -> Layout:
         """Layout of what the method sees."""
         return self.whole.without(self.kept)
+
+    @property
+    def check_reply(self) -> Check | None:
+        """As of the method."""
+        return check_of(self.method)
 
     def shared(self, params: Float[Tensor, " P"]) -> Float[Tensor, " S"]:
         """What of a whole vector the method sees."""

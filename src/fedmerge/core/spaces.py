@@ -29,6 +29,7 @@ from fedmerge.core.protocol import (
     state_tensors,
     with_server_models,
 )
+from fedmerge.core.replies import Check, check_of
 from fedmerge.core.soup import shares
 from fedmerge.core.sums import weighted_sum
 from fedmerge.core.vector import Layout
@@ -73,6 +74,11 @@ class InSpace:
     def trains_several(self) -> bool:
         """As of the method."""
         return bool(getattr(self.algorithm, "trains_several", False))
+
+    @property
+    def check_reply(self) -> Check | None:
+        """As of the method."""
+        return check_of(self.algorithm)
 
     # ---------------------------------------------------------------- server
 

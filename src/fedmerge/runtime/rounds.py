@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from fedmerge.core import completing
 from fedmerge.core.ensemble import Personal, members, with_members
-from fedmerge.core.protocol import Algorithm, Batch, Batches, Slope, Task, deliver, stack, take, tree_bytes
+from fedmerge.core.errors import FedmergeError
+from fedmerge.core.protocol import Algorithm, Batch, Batches, Slope, Task, deliver, take, tree_bytes
+from fedmerge.core.replies import (
+    Expected,
+    Refusal,
+    Reply,
+    Template,
+    admit,
+    check_of,
+    named_tensors,
+    stacked_updates,
+    template_of,
+)
 from fedmerge.runtime.engines import Engine
 from fedmerge.training.scores import Tally, tally
 
@@ -51,62 +64,154 @@ class Fleet:
 
 
 @dataclass(frozen=True)
+class Meeting:
+    """Who takes part in a round and what becomes of the replies on their way.
+
+    Attributes:
+        cohort: [C] clients that were asked, ascending.
+        trained: [K] those of them that train; the others have dropped out and send nothing.
+        late: Those that answer after the deadline: their replies are refused.
+        quorum: Replies that must be admitted, below which the round is abandoned.
+        run: Identity of the run.
+        number: Of the round, from 1.
+        transit: What happens to the replies between clients and server: attackers change theirs, the network mixes the
+            order. None: nothing.
+    """
+
+    cohort: Int[Tensor, " C"]
+    trained: Int[Tensor, " K"]
+    late: frozenset[int] = frozenset()
+    quorum: int = 1
+    run: str = ""
+    number: int = 1
+    transit: Callable[[Sequence[Reply]], Sequence[Reply]] | None = None
+
+
+def everyone(cohort: Int[Tensor, " C"]) -> Meeting:
+    """A round in which every client that was asked answers in time."""
+    return Meeting(cohort, cohort)
+
+
+@dataclass(frozen=True)
 class RoundResult:
     """A round's outcome.
 
     Attributes:
-        state: The server's.
-        fleet: The clients'.
+        state: The server's; as before in an abandoned round.
+        fleet: The clients'; those without an admitted reply are as before.
         bytes_down: To the whole cohort, as counted from the tensors sent.
-        bytes_up: From the whole cohort.
+        bytes_up: From those that trained.
+        admitted: Clients whose replies counted, ascending.
+        refusals: Of the others that arrived.
+        abandoned: Whether there were too few replies.
     """
 
     state: Any
     fleet: Fleet
     bytes_down: int
     bytes_up: int
+    admitted: tuple[int, ...] = ()
+    refusals: tuple[Refusal, ...] = ()
+    abandoned: bool = False
 
 
 def run_round(
     algorithm: Algorithm[Any],
     state: Any,
     fleet: Fleet,
-    cohort: Int[Tensor, " C"],
+    cohort: Int[Tensor, " C"] | Meeting,
     batches: Sequence[Batches],
-    num_examples: Int[Tensor, " C"],
+    num_examples: Int[Tensor, " K"],
     engine: Engine,
 ) -> RoundResult:
-    """Send → train → receive.
+    """Send → train → gate → receive.
 
     Args:
         algorithm: The method.
         state: The server's.
         fleet: The clients'.
-        cohort: Client indices of this round, ascending.
-        batches: Each client's steps.
-        num_examples: Training examples of each client, its weight in averages.
+        cohort: Client indices of this round, ascending, or more that is to be said of it.
+        batches: Steps of each client that trains.
+        num_examples: Training examples of each client that trains, its weight in averages.
         engine: Runs the clients.
+
+    Raises:
+        FedmergeError: if more than half of the replies hold NaN or infinite values: the training diverges.
     """
-    clients = cohort.tolist()
-    down = algorithm.send(state, cohort)
-    downs = [take(down, place) for place in range(len(clients))]
+    meeting = cohort if isinstance(cohort, Meeting) else everyone(cohort)
+    down = algorithm.send(state, meeting.cohort)
+    bytes_down = sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(down))
+    clients = meeting.trained.tolist()
+    places = torch.searchsorted(meeting.cohort, meeting.trained).tolist()
     trained = engine.map(
         lambda task, received, private, steps, buffers: _train(
             algorithm, fleet, task, received, private, steps, buffers
         ),
-        [(downs[k], fleet.private[i], batches[k], fleet.buffers[i]) for k, i in enumerate(clients)],
+        [
+            (take(down, place), fleet.private[i], batches[k], fleet.buffers[i])
+            for k, (place, i) in enumerate(zip(places, clients, strict=True))
+        ],
     )
-    update = stack([reply for reply, _, _ in trained])
-    after = deliver(algorithm, state, cohort, update, num_examples)
-    private, buffers = list(fleet.private), list(fleet.buffers)
-    for i, (_, own, kept) in zip(clients, trained, strict=True):
-        private[i], buffers[i] = own, kept
-    return RoundResult(
-        state=after,
-        fleet=replace(fleet, private=tuple(private), buffers=tuple(buffers)),
-        bytes_down=sum(tree_bytes(received) for received in downs),
-        bytes_up=tree_bytes(update),
+    if not trained:
+        return RoundResult(state, fleet, bytes_down, 0, abandoned=True)
+    template = template_of(trained[0][0])  # made here, by the method's own code, and not by whoever may have changed it
+    replies = [
+        Reply(meeting.run, meeting.number, i, count, named_tensors(update))
+        for i, count, (update, _, _) in zip(clients, num_examples.tolist(), trained, strict=True)
+    ]
+    arrived = replies if meeting.transit is None else meeting.transit(replies)
+    asked = frozenset(meeting.cohort.tolist())
+    expected = Expected(meeting.run, meeting.number, asked, template, meeting.late, further=check_of(algorithm))
+    admission = admit(arrived, expected)
+    refuse_divergence(admission.refusals, len(replies))
+    kept = dict(zip(clients, ((own, buffers) for _, own, buffers in trained), strict=True))
+    after = RoundResult(
+        state,
+        fleet,
+        bytes_down,
+        sum(tree_bytes(update) for update, _, _ in trained),
+        tuple(reply.client for reply in admission.admitted),
+        admission.refusals,
     )
+    return _closed(algorithm, after, admission.admitted, template, kept, meeting.quorum)
+
+
+def _closed(
+    algorithm: Algorithm[Any],
+    result: RoundResult,
+    admitted: Sequence[Reply],
+    template: Template,
+    kept: Mapping[int, tuple[Any, Tensor]],
+    quorum: int,
+) -> RoundResult:
+    """The round with what was admitted taken in; abandoned, with nothing changed, below the quorum."""
+    if len(admitted) < max(1, quorum):
+        return replace(result, abandoned=True)
+    clients = torch.tensor(result.admitted)
+    counts = torch.tensor([reply.num_examples for reply in admitted])
+    after = deliver(algorithm, result.state, clients, stacked_updates(admitted, template), counts)
+    private, buffers = list(result.fleet.private), list(result.fleet.buffers)
+    for i in result.admitted:
+        private[i], buffers[i] = kept[i]
+    return replace(result, state=after, fleet=replace(result.fleet, private=tuple(private), buffers=tuple(buffers)))
+
+
+def refuse_divergence(refusals: Sequence[Refusal], expected: int) -> None:
+    """One client that sends NaN is left out; where most do, the training itself is at fault.
+
+    Args:
+        refusals: Of a round.
+        expected: Replies of that round.
+
+    Raises:
+        FedmergeError: naming the clients.
+    """
+    lost = sorted(refusal.client for refusal in refusals if refusal.reason == "values" and refusal.client is not None)
+    if 2 * len(lost) > expected:
+        raise FedmergeError(
+            f"clients {lost} sent NaN or infinite values: their training diverged; "
+            "lower the learning rate (training.lr) or check their data"
+        )
 
 
 class _OwnBuffers:
