@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
+
+from fedmerge.core.nearest import nearest
+from fedmerge.core.text import brief, printable, shortened
+
+MOST_NAMED = 200
+"""Known names that a message lists."""
 
 
 class FedmergeError(Exception):
-    """What is wrong, what was given, what is accepted, and what to do. Exit code 1."""
+    """What is wrong, what was given, what is accepted, and what to do. Exit code 1.
+
+    Its text shows control characters of foreign names as escapes: no message can move a terminal's cursor.
+    """
+
+    def __str__(self) -> str:
+        return printable(super().__str__(), keep="\n")
 
 
 class UsageError(FedmergeError):
@@ -37,6 +48,8 @@ def unknown_name(what: str, name: object, known: Iterable[str]) -> str:
     "unknown method 'fedmrge'; did you mean 'fedmerge'? Known: fedavg, fedmerge"
     """
     names = sorted(known)
-    near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.6)
-    hint = f"; did you mean {near[0]!r}?" if near else "."
-    return f"unknown {what} {name!r}{hint} Known: {', '.join(names)}"
+    near = nearest(str(name), names)
+    hint = f"; did you mean {brief(near)}?" if near else "."
+    listed = ", ".join(shortened(each, 80) for each in names[:MOST_NAMED])
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return f"unknown {what} {brief(name)}{hint} Known: {listed}{more}"

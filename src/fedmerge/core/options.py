@@ -14,9 +14,11 @@ import types
 import typing
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import lru_cache
 from typing import Any, Literal, TypeVar, Union
 
 from fedmerge.core.errors import UsageError, unknown_name
+from fedmerge.core.text import brief
 
 T = TypeVar("T")
 
@@ -94,7 +96,7 @@ def _convert_number(annotation: type, value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise _MisfitError
     if annotation is int:
-        if isinstance(value, float):
+        if isinstance(value, float) or not -(2**63) <= value < 2**63:
             raise _MisfitError
         return value
     try:
@@ -104,6 +106,18 @@ def _convert_number(annotation: type, value: Any) -> Any:
     if not math.isfinite(number):
         raise _MisfitError
     return number
+
+
+class _TableError(_MisfitError):
+    """A table of options does not fit; holds one fault per line, each beginning with ``.key`` or ``: ``."""
+
+
+def _convert_table(cls: Any, table: Mapping[str, Any]) -> Any:
+    faults: list[str] = []
+    built = build_options(cls, table, "", faults)
+    if built is None:
+        raise _TableError("\n".join(faults))
+    return built
 
 
 def _convert_union(annotation: Any, value: Any) -> Any:
@@ -121,7 +135,7 @@ def _convert(annotation: Any, value: Any) -> Any:
     if origin in (Union, types.UnionType):
         return _convert_union(annotation, value)
     if origin is Literal:
-        if any(value == choice and type(value) is type(choice) for choice in typing.get_args(annotation)):
+        if any(type(value) is type(choice) and value == choice for choice in typing.get_args(annotation)):
             return value
         raise _MisfitError
     if origin is tuple:
@@ -130,6 +144,8 @@ def _convert(annotation: Any, value: Any) -> Any:
         return tuple(_convert(typing.get_args(annotation)[0], item) for item in value)
     if annotation in (int, float):
         return _convert_number(annotation, value)
+    if dataclasses.is_dataclass(annotation) and isinstance(value, Mapping):
+        return _convert_table(annotation, value)
     if isinstance(value, origin or annotation) and not (isinstance(value, bool) and annotation is not bool):
         return value
     raise _MisfitError
@@ -143,19 +159,31 @@ def _numbers(value: Any) -> list[float]:
 
 def _field_fault(field: dataclasses.Field[Any], annotation: Any, value: Any) -> tuple[Any, str | None]:
     bounds = field.metadata.get("bounds", {})
-    expected = accepted_text(field, annotation)
     try:
         converted = _convert(annotation, value)
+    except _TableError as error:
+        return value, str(error)
     except _MisfitError:
-        return value, f"got {value!r}; expected {expected}"
+        return value, _misfit_text(field, annotation, value)
     for number in _numbers(converted):
         if not all(_BOUNDS[name][1](number, bound) for name, bound in bounds.items()):
-            return value, f"got {value!r}; expected {expected}"
+            return value, _misfit_text(field, annotation, value)
     return converted, None
+
+
+def _misfit_text(field: dataclasses.Field[Any], annotation: Any, value: Any) -> str:
+    given = value if isinstance(value, (list, tuple)) else [value]
+    huge = any(isinstance(part, int) and not -(2**63) <= part < 2**63 for part in given)
+    return f": got {brief(value)}; expected {accepted_text(field, annotation)}" + (" and < 2^63" if huge else "")
 
 
 def option_fields(cls: type) -> dict[str, tuple[dataclasses.Field[Any], Any]]:
     """Name -> (field, resolved type) of every option of a dataclass."""
+    return dict(_option_fields(cls))
+
+
+@lru_cache(maxsize=256)  # resolving the types of a method's options takes longer than checking them
+def _option_fields(cls: type) -> dict[str, tuple[dataclasses.Field[Any], Any]]:
     hints = typing.get_type_hints(cls)
     return {field.name: (field, hints[field.name]) for field in dataclasses.fields(cls) if field.init}
 
@@ -170,7 +198,7 @@ def check_options(instance: Any) -> None:
     for name, (field, annotation) in option_fields(type(instance)).items():
         value, fault = _field_fault(field, annotation, getattr(instance, name))
         if fault:
-            faults.append(f"{type(instance).__name__}.{name}: {fault}")
+            faults += [f"{type(instance).__name__}.{name}{line}" for line in fault.splitlines()]
         object.__setattr__(instance, name, value)
     if faults:
         raise UsageError("\n".join(faults))
@@ -195,7 +223,7 @@ def build_options(cls: type[T], table: Mapping[str, Any], where: str, faults: li
         field, annotation = fields[key]
         values[key], fault = _field_fault(field, annotation, value)
         if fault:
-            faults.append(f"{where}.{key}: {fault}")
+            faults += [f"{where}.{key}{line}" for line in fault.splitlines()]
     for name, (field, annotation) in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and name not in values:

@@ -34,7 +34,10 @@ def brief(value: object, most: int = MOST_LETTERS) -> str:
     >>> brief("fedmerge"), brief(list(range(1000)), 20)
     ("'fedmerge'", '[0, 1, 2, 3, 4, 5...')
     """
-    text = repr(value[: most + 1] if isinstance(value, (str, bytes)) else value)
+    try:
+        text = repr(value[: most + 1] if isinstance(value, (str, bytes)) else value)
+    except (ValueError, RecursionError):  # a whole number of thousands of digits, a table of a thousand tables
+        text = f"a {type(value).__name__} too large to show"
     return text if len(text) <= most else text[: most - 3] + "..."
 
 
