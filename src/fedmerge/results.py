@@ -76,9 +76,9 @@ class Run:
         """The run's summary; prints as Markdown."""
         return comparison_table([self.record])
 
-    def report(self, target: Path | str) -> Path:
-        """Writes one self-contained HTML page."""
-        return write_report([self.record], Path(target))
+    def report(self, target: Path | str, *, public: bool = False) -> Path:
+        """Writes one self-contained HTML page; a public one without what tells of single clients."""
+        return write_report([self.record], Path(target), public=public)
 
 
 def _index_of(client: Any, names: Sequence[str]) -> int:
@@ -115,6 +115,6 @@ class Comparison:
         """Methods with intervals and paired differences to `reference`; prints as Markdown."""
         return comparison_table(self.records, reference=reference)
 
-    def report(self, target: Path | str, reference: str | None = None) -> Path:
-        """Writes one self-contained HTML page."""
-        return write_report(self.records, Path(target), reference=reference)
+    def report(self, target: Path | str, reference: str | None = None, *, public: bool = False) -> Path:
+        """Writes one self-contained HTML page; a public one without what tells of single clients."""
+        return write_report(self.records, Path(target), reference=reference, public=public)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from fedmerge.experiment.record import RoundRecord, RunRecord, Scores
 
@@ -39,6 +40,7 @@ def round_record(
 def run_record(label: str, seed: int, rounds: Sequence[RoundRecord], **changes) -> RunRecord:
     """A finished run; the data hash depends on the seed alone, as it does in an experiment."""
     clients = next(len(record.test.accuracy) for record in rounds if record.test)
+    there = [tuple(client for client in record.cohort if client < clients) for record in rounds]
     values = {
         "label": label,
         "method": label,
@@ -56,7 +58,7 @@ def run_record(label: str, seed: int, rounds: Sequence[RoundRecord], **changes) 
         "data_sha256": f"{seed:064x}",
         "versions": {"fedmerge": "0.1", "python": "3.11"},
         "seconds": 9.0,
-        "rounds": tuple(rounds),
+        "rounds": tuple(replace(record, cohort=cohort) for record, cohort in zip(rounds, there, strict=True)),
         **changes,
     }
     return RunRecord(**values)

@@ -15,6 +15,7 @@ from fedmerge.cli.data import data, report
 from fedmerge.cli.explain import explain_run
 from fedmerge.cli.export import add_export_arguments
 from fedmerge.cli.onboard import add_onboard_arguments
+from fedmerge.cli.privacy import add_privacy_arguments
 from fedmerge.cli.training import compare, run
 from fedmerge.core.errors import UsageError, unknown_name
 from fedmerge.core.options import option_fields
@@ -38,6 +39,7 @@ _COMMANDS = {
     "report": "one self-contained page, and tables, from run folders",
     "bench": "every method on every setting under one protocol, resumable, with a page of results",
     "explain": "which clients share models, and what each model is for",
+    "privacy": "what clients could read of each other off their own models",
 }
 
 
@@ -57,6 +59,7 @@ def parser_of(words: Sequence[str]) -> Parser:
             "onboard": add_onboard_arguments,
             "bench": _bench_parser,
             "explain": _explain_parser,
+            "privacy": add_privacy_arguments,
         }
         builders[command](parser)
         return parser
@@ -145,6 +148,9 @@ def _report_parser(parser: Parser) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders, or folders that hold them")
     parser.add_argument("--out", metavar="FILE", default="report.html", help="page to write (default report.html)")
     parser.add_argument("--reference", help="method that the others are compared with")
+    parser.add_argument(
+        "--public", action="store_true", help="leave out merging weights and all else that tells of single clients"
+    )
     for kind in ("markdown", "latex", "csv"):
         parser.add_argument(f"--{kind}", metavar="FILE", help=f"also write the main table as {kind.capitalize()}")
     parser.add_argument("--runs-csv", metavar="FILE", help="also write one line per run as CSV")

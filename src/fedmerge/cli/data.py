@@ -82,7 +82,7 @@ def report(options: argparse.Namespace) -> None:
     records = [record for place in options.runs for record in records_below(Path(place))]
     table = comparison_table(records, reference=options.reference)
     try:
-        page = write_report(records, Path(options.out), reference=options.reference)
+        page = write_report(records, Path(options.out), reference=options.reference, public=options.public)
         for kind in ("markdown", "latex", "csv"):
             if getattr(options, kind):
                 write_atomically(Path(getattr(options, kind)), getattr(table, kind)())

@@ -73,7 +73,8 @@ def crowd(weights: Float[Tensor, "N d"], examples: Int[Tensor, " N"]) -> Crowd:
     wide = weights.double()
     share = shares(wide, examples)
     rows = max(1, _BLOCK // len(wide))
-    parts = [_read_by(clients, wide[clients], share) for clients in torch.arange(len(wide)).split(rows)]
+    blocks = [torch.arange(start, min(start + rows, len(wide))) for start in range(0, len(wide), rows)]
+    parts = [_read_by(clients, wide[clients], share) for clients in blocks]
     effective, nearest, nearest_share = (torch.cat(column) for column in zip(*parts, strict=True))
     return Crowd(effective, nearest, nearest_share, share.amax(dim=1), (wide * share).sum(dim=1))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 
 from fedmerge.core.errors import UsageError
@@ -12,6 +11,7 @@ from fedmerge.core.files import write_atomically
 from fedmerge.experiment.record import RunRecord
 from fedmerge.report import parts
 from fedmerge.report.averaging import averaging_errors
+from fedmerge.report.document import document
 from fedmerge.report.explain import explained
 from fedmerge.report.explain_figures import class_map, dendrogram, likeness_map, model_use
 from fedmerge.report.explain_text import client_table, gain_sentence, group_sentences, model_table
@@ -20,6 +20,8 @@ from fedmerge.report.figures import distribution, forest, worst_clients
 from fedmerge.report.kinds import known_tasks, other_groups
 from fedmerge.report.lines import accuracy_by_bytes, accuracy_by_round, decidedness
 from fedmerge.report.markup import Markup, element, join
+from fedmerge.report.privacy_page import privacy_chapter, public_crowds
+from fedmerge.report.public import redacted
 from fedmerge.report.samples import samples_table
 from fedmerge.report.study import Study, client_accuracies, studies
 from fedmerge.report.svg import Figure
@@ -34,17 +36,18 @@ CLIENT_ROWS = 200
 EXPLAINED_ROWS = 500
 TEXT = 160  # characters of a prompt or a completion
 
-# Nothing may be loaded and nothing may run, whatever a client is called.
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
-
-def write_report(runs: Sequence[RunRecord], target: Path, *, reference: str | None = None) -> Path:
-    """Writes the page.
+def write_report(
+    runs: Sequence[RunRecord], target: Path, *, reference: str | None = None, public: bool = False
+) -> Path:
+    """Writes the page, which only its owner may read unless it is public.
 
     Args:
         runs: One or several; several methods, seeds and settings.
         target: The file to write, for example ``report.html``; missing folders are made.
         reference: The label that the others are compared with; by default FedMerge, else the first run's.
+        public: Whether to leave out what tells of single clients: merging weights and all that shows them, names,
+            groups, and what language models wrote.
 
     Returns:
         The file.
@@ -55,28 +58,17 @@ def write_report(runs: Sequence[RunRecord], target: Path, *, reference: str | No
     target = Path(target)
     if target.is_dir():
         raise UsageError(f"{target} is a folder; give the file to write, for example {target / 'report.html'}")
-    page = report_page(studies(runs, reference=reference))
+    page = report_page(studies(runs, reference=reference), public=public)
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(target, page, private=True)
+    write_atomically(target, page, private=not public)
     return target
 
 
-def report_page(found: Sequence[Study]) -> str:
-    """The whole page as text."""
-    style = resources.files("fedmerge.report").joinpath("style.css").read_text(encoding="utf-8")
+def report_page(found: Sequence[Study], *, public: bool = False) -> str:
+    """The whole page as text; a public one without what tells of single clients."""
     title = headline(found[0]) if len(found) == 1 else f"{len(found)} settings"
-    head = element(
-        "head",
-        element("meta", charset="utf-8"),
-        element("meta", http_equiv="Content-Security-Policy", content=_POLICY),
-        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        element("meta", name="color-scheme", content="light dark"),
-        element("title", f"fedmerge: {title}"),
-        element("style", Markup(style)),
-    )
-    sections = [_section(study, index, alone=len(found) == 1) for index, study in enumerate(found)]
-    main = element("main", _opening(found), *sections)
-    return f"<!doctype html>\n{element('html', head, element('body', main), lang='en')}\n"
+    sections = [_section(study, index, alone=len(found) == 1, public=public) for index, study in enumerate(found)]
+    return document(title, element("main", _opening(found), *sections))
 
 
 def _opening(found: Sequence[Study]) -> Markup:
@@ -101,7 +93,7 @@ def _opening(found: Sequence[Study]) -> Markup:
     )
 
 
-def _section(study: Study, index: int, *, alone: bool) -> Markup:
+def _section(study: Study, index: int, *, alone: bool, public: bool) -> Markup:
     """One setting, from the verdict to the hashes."""
     opening = None
     if not alone:
@@ -110,25 +102,54 @@ def _section(study: Study, index: int, *, alone: bool) -> Markup:
             element("p", _unbroken(headline(study)), class_="verdict"),
             element("ul", *(element("li", remark) for remark in remarks(study)), class_="remarks"),
         )
-    return element("section", opening, *_chapters(study, "h2" if alone else "h3"), id=f"s{index}")
+    level = "h2" if alone else "h3"
+    chapters = _public_chapters(study) if public else _chapters(study)
+    shown = [element("section", element(level, title), body) for title, body in chapters.items() if body]
+    return element("section", opening, *shown, id=f"s{index}")
 
 
-def _chapters(study: Study, level: str) -> list[Markup]:
-    main, tasks, spent = study_table(study), study_task_table(study), cost_table(study)
-    chapters = {
-        "The numbers": join(parts.table(main, study), parts.legend(main), parts.copies(main)),
-        "Task by task": "" if tasks is None else join(parts.table(tasks, study), parts.copies(tasks)),
-        "How far apart": parts.figures(forest(study), distribution(study)),
-        "Over the rounds": parts.figures(accuracy_by_round(study), accuracy_by_bytes(study), averaging_errors(study)),
-        "Client by client": element("div", parts.figure(worst_clients(study)), _clients(study), class_="figures"),
+def _chapters(study: Study) -> dict[str, Markup]:
+    results, measured = _results(study), _measured(study)
+    clients = element("div", parts.figure(worst_clients(study)), _clients(study), class_="figures")
+    return {
+        **results,
+        "Client by client": clients,
         "What the models write": _samples(study),
         "Merging weights": _weights(study),
         "Who shares what, and what each model is for": _explained(study),
+        "Privacy": privacy_chapter(study),
+        **measured,
+    }
+
+
+def _public_chapters(study: Study) -> dict[str, Markup]:
+    """Without what tells of single clients; means of tasks stay."""
+    shown, tasks = redacted(study), _tasks(study)
+    return {**_results(shown), "Task by task": tasks, "Privacy": public_crowds(study), **_measured(shown)}
+
+
+def _results(study: Study) -> dict[str, Markup]:
+    main = study_table(study)
+    return {
+        "The numbers": join(parts.table(main, study), parts.legend(main), parts.copies(main)),
+        "Task by task": _tasks(study),
+        "How far apart": parts.figures(forest(study), distribution(study)),
+        "Over the rounds": parts.figures(accuracy_by_round(study), accuracy_by_bytes(study), averaging_errors(study)),
+    }
+
+
+def _measured(study: Study) -> dict[str, Markup]:
+    spent = cost_table(study)
+    return {
         "Costs": join(parts.table(spent, study), parts.legend(spent)),
         "How it was measured": element("ul", *(element("li", words) for words in protocol(study)), class_="protocol"),
         "Versions and hashes": _provenance(study),
     }
-    return [element("section", element(level, title), body) for title, body in chapters.items() if body]
+
+
+def _tasks(study: Study) -> Markup:
+    table = study_task_table(study)
+    return Markup("") if table is None else join(parts.table(table, study), parts.copies(table))
 
 
 def _unbroken(sentence: str) -> str:

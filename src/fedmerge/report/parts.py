@@ -40,7 +40,13 @@ def table(found: Table, study: Study | None = None, *, longest: int | None = Non
     rows = [
         element(
             "tr",
-            element("th", _swatch(row[0], study), element("bdi", row[0]), scope="row", title=row[0]),
+            element(
+                "th",
+                _swatch(row[0], study),
+                element("bdi", shorten(row[0], longest or len(row[0]))),
+                scope="row",
+                title=row[0],
+            ),
             *(_cell(text, kind, longest) for text, kind in zip(row[1:], kinds[1:], strict=True)),
             class_="reference" if study and row[0] == study.reference else None,
         )
