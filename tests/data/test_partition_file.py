@@ -67,9 +67,9 @@ TAMPERED = {
     "no permutation": (lambda p: p["clients"][0].update(relabel=[0, 0, 1, 2, 3]), "not a permutation"),
     "an endless angle": (
         lambda p: p["clients"][0].update(rotation=float("inf")),
-        "rotation: got inf; expected a number",
+        "got Infinity; expected finite numbers",
     ),
-    "no number in the options": (lambda p: p["options"].update(alpha=float("nan")), "not JSON compliant"),
+    "no number in the options": (lambda p: p["options"].update(alpha=float("nan")), "got NaN; expected finite numbers"),
     "one name twice": (lambda p: p["clients"][1].update(name="a"), "two clients are called 'a'"),
     "no clients": (lambda p: p.update(clients=[]), "no clients"),
     "clients of another type": (lambda p: p.update(clients="ab"), "no clients|clients: got"),

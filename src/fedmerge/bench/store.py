@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +12,8 @@ from typing import BinaryIO
 
 from fedmerge.bench.result import Result, from_plain, to_line
 from fedmerge.core.errors import FedmergeError, UsageError
+from fedmerge.core.strict_json import parse_json_table
+from fedmerge.core.text import shortened
 
 RUNS = "runs.jsonl"
 LOCK = "bench.lock"
@@ -86,14 +87,19 @@ def read_results(folder: Path) -> tuple[Result, ...]:
     if not path.exists():
         return ()
     lines = path.read_bytes().split(b"\n")[:-1]
-    return tuple(_parsed(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line)
+    return tuple(result_from(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line)
 
 
-def _parsed(line: bytes, where: str) -> Result:
+def result_from(line: bytes, where: str) -> Result:
+    """The result that one line of the file holds.
+
+    Raises:
+        FedmergeError: naming `where` and what does not fit.
+    """
     try:
-        plain = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise FedmergeError(f"{where} is damaged: {error}; delete that line, its run will be made again") from error
-    if not isinstance(plain, dict):
-        raise FedmergeError(f"{where} is damaged: expected a JSON object; delete that line")
+        plain = parse_json_table(line)
+    except ValueError as error:
+        raise FedmergeError(
+            f"{where} is damaged: {shortened(str(error))}; delete that line, its run will be made again"
+        ) from error
     return from_plain(plain, where)

@@ -13,9 +13,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedmerge.core.errors import DataError
+from fedmerge.core.text import brief
 from fedmerge.data.transform import Scale
 
 TOKENS = "tokens"
+MOST_NUMBERS = 2**28
+"""In one input."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,13 +77,32 @@ def form_from_plain(plain: Mapping[str, Any]) -> InputForm:
     Raises:
         DataError: if they do not describe one.
     """
+    shape, dtype, columns = (plain.get(name) for name in ("shape", "dtype", "columns"))
+    if not isinstance(shape, list) or not all(type(size) is int and size >= 1 for size in shape):
+        raise _damaged(f"got shape {brief(shape)}; expected whole numbers >= 1")
+    if not shape or math.prod(shape) > MOST_NUMBERS:
+        raise _damaged(f"got shape {brief(shape)}; expected {MOST_NUMBERS:,} numbers at most")
+    if dtype not in ("uint8", "float32", TOKENS):
+        raise _damaged(f"got dtype {brief(dtype)}; expected uint8, float32 or {TOKENS}")
+    if columns is not None and not (isinstance(columns, list) and all(isinstance(name, str) for name in columns)):
+        raise _damaged(f"got columns {brief(columns)}; expected texts, or null")
+    mean, std = (_scale_from_plain(plain.get(name), name, tuple(shape)) for name in ("mean", "std"))
+    if not bool((std != 0).all()):
+        raise _damaged("got std with 0 in it; expected numbers to divide by")
+    return InputForm(tuple(shape), str(dtype), mean, std, None if columns is None else tuple(columns))
+
+
+def _scale_from_plain(values: Any, name: str, shape: tuple[int, ...]) -> Tensor:
+    """The numbers of `mean` or `std`, which must be one for each input or broadcast to them."""
     try:
-        mean, std = (torch.tensor(plain[name], dtype=torch.float32) for name in ("mean", "std"))
-        shape, columns = tuple(int(size) for size in plain["shape"]), plain["columns"]
-        form = InputForm(shape, str(plain["dtype"]), mean, std, None if columns is None else tuple(map(str, columns)))
-        fits = form.scaled(np.zeros((1, *shape), dtype=np.float32)).isfinite().all()
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise DataError(f"the form of the inputs is damaged: {type(error).__name__}: {error}") from error
-    if form.dtype not in ("uint8", "float32", TOKENS) or not bool(fits) or math.prod(shape) < 1:
-        raise DataError(f"the form of the inputs is damaged: got dtype {form.dtype!r} and shape {list(shape)}")
-    return form
+        found = torch.tensor(values, dtype=torch.float32)
+        fits = np.broadcast_shapes(tuple(found.shape), shape) == shape and bool(found.isfinite().all())
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        fits = False
+    if not fits:
+        raise _damaged(f"got {name} {brief(values)}; expected finite numbers for inputs of shape {list(shape)}")
+    return found
+
+
+def _damaged(why: str) -> DataError:
+    return DataError(f"the form of the inputs is damaged: {why}")

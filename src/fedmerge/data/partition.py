@@ -20,6 +20,8 @@ import numpy as np
 from fedmerge.core.errors import DataError
 from fedmerge.core.files import write_atomically
 from fedmerge.core.options import build_options
+from fedmerge.core.strict_json import parse_json_table, read_bounded
+from fedmerge.core.text import brief, shortened
 from fedmerge.data.pool import Ints
 
 Split = Literal["train", "validation", "test"]
@@ -92,7 +94,7 @@ class Partition:
             raise DataError(f"partition {self.kind!r}: two clients are called {twice!r}; expected one name for each")
         for client in self.clients:
             _check_part(client, self.pool_size)
-        check_sides(self, np.arange(self.pool_size), "row")
+        check_sides(self, None, "row")
 
     def plain(self) -> dict[str, Any]:
         """All that the hash covers, as plain values."""
@@ -116,16 +118,33 @@ class Partition:
             DataError: if there is no such file or anything in it is not as it was written.
         """
         path = Path(path)
-        plain = _read(path)
-        written = plain.pop("sha256", None)
+        if not path.is_file():
+            raise DataError(f"{path}: no such partition file; give one that `Partition.save` wrote")
         try:
-            partition = _from_plain(plain)
-            found = partition.sha256()
-        except (DataError, ValueError) as error:  # ValueError: NaN has no canonical form
-            raise _damaged(path, str(error)) from error
-        if written != found:
-            raise _damaged(path, f"it says sha256 {written}, its content has {found}")
-        return partition
+            return partition_from(read_bounded(path))
+        except ValueError as error:
+            raise DataError(
+                f"{path} is not a whole partition file: {shortened(str(error), 1000)}. Make it again from its seed, or "
+                "take a good copy"
+            ) from error
+
+
+def partition_from(content: bytes) -> Partition:
+    """The partition that the content of its file describes.
+
+    Raises:
+        ValueError: if anything is not as it was written.
+    """
+    plain = parse_json_table(content)
+    written = plain.pop("sha256", None)
+    try:
+        partition = _from_plain(plain)
+    except DataError as error:
+        raise ValueError(str(error)) from error
+    found = partition.sha256()
+    if written != found:
+        raise ValueError(f"it says sha256 {brief(written)}, its content has {found}")
+    return partition
 
 
 def _check_part(client: ClientPart, pool_size: int) -> None:
@@ -148,18 +167,29 @@ def _check_part(client: ClientPart, pool_size: int) -> None:
         raise DataError(f"client {client.name!r}: rotation {client.rotation} is not a number of degrees")
 
 
-def check_sides(partition: Partition, identity: Ints, what: str) -> None:
-    """Refuses a partition in which one thing (`identity` of each row) is on two sides, here or at another client."""
-    side = np.full(int(identity.max()) + 1, -1)
-    for number, split in enumerate(SPLITS):
-        used = np.unique(identity[np.concatenate([client.split(split) for client in partition.clients])])
-        clash = used[side[used] >= 0]
+def check_sides(partition: Partition, identity: Ints | None, what: str) -> None:
+    """Refuses a partition in which one thing is on two sides, here or at another client.
+
+    Args:
+        partition: Whose row numbers may be of a pool that is not at hand.
+        identity: Of each row of the pool; None for the row itself.
+        what: The thing in messages.
+
+    Raises:
+        DataError: naming the first such thing and both sides.
+    """
+    seen: list[Ints] = []
+    for split in SPLITS:
+        rows = np.concatenate([client.split(split) for client in partition.clients])
+        used = np.unique(rows if identity is None else identity[rows])
+        clash = np.intersect1d(used, np.concatenate([used[:0], *seen]))
         if len(clash):
+            other = next(name for name, before in zip(SPLITS, seen, strict=False) if clash[0] in before)
             raise DataError(
-                f"partition {partition.kind!r}: {what} {clash[0]} is used for {SPLITS[side[clash[0]]]} and for {split} "
+                f"partition {partition.kind!r}: {what} {clash[0]} is used for {other} and for {split} "
                 f"({len(clash)} such); expected every {what} on one side in the whole federation"
             )
-        side[used] = number
+        seen.append(used)
 
 
 def _plain_part(client: ClientPart) -> dict[str, Any]:
@@ -170,22 +200,6 @@ def _plain_part(client: ClientPart) -> dict[str, Any]:
 def _canonical(plain: Any) -> str:
     """One text for one content: sorted keys, no spaces, no NaN."""
     return json.dumps(plain, sort_keys=True, separators=(",", ":"), allow_nan=False)
-
-
-def _damaged(path: Path, why: str) -> DataError:
-    return DataError(f"{path} is not a whole partition file: {why}. Make it again from its seed, or take a good copy")
-
-
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise DataError(f"{path}: no such partition file; give one that `Partition.save` wrote")
-    try:
-        plain = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise _damaged(path, f"not JSON ({error})") from error
-    if not isinstance(plain, dict):
-        raise _damaged(path, "not a JSON object")
-    return plain
 
 
 def _from_plain(plain: dict[str, Any]) -> Partition:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -30,6 +30,9 @@ import numpy as np
 from fedmerge.core.errors import FedmergeError
 from fedmerge.core.files import append_text, write_atomically
 from fedmerge.core.options import build_options
+from fedmerge.core.strict_json import MOST_FILE_BYTES, parse_json_table, read_bounded
+from fedmerge.core.text import shortened
+from fedmerge.experiment.record_checks import faults_of_round, faults_of_run
 
 T = TypeVar("T")
 Status = Literal["running", "finished", "interrupted", "failed"]
@@ -69,6 +72,11 @@ class RoundRecord:
         mixing: [N][d] merging weights of every client at evaluated rounds; None for methods without them.
         validation: Scores at evaluated rounds, else None.
         test: Scores at evaluated rounds, else None.
+        dropped: Clients of the cohort that never answered.
+        refused: Replies that were not believed: ``client`` (None if that could not be read) and ``reason``, one of
+            `fedmerge.core.replies.REASONS`.
+        abandoned: Whether there were too few replies, so that nothing changed.
+        virtual_seconds: What the round took on the virtual clock; None without a deadline.
     """
 
     round: int
@@ -82,6 +90,10 @@ class RoundRecord:
     mixing: tuple[tuple[float, ...], ...] | None = None
     validation: Scores | None = None
     test: Scores | None = None
+    dropped: tuple[int, ...] = ()
+    refused: tuple[Mapping[str, Any], ...] = ()
+    abandoned: bool = False
+    virtual_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -110,6 +122,7 @@ class RunRecord:
         tasks: [N] name of each client's task or domain; None where there is nothing to tell apart.
         samples: What the clients' language models make of a few test prompts: client, task, prompt, completion, wanted;
             None for other networks.
+        select: Which round is reported: the best on validation, or the last.
     """
 
     label: str
@@ -134,6 +147,7 @@ class RunRecord:
     class_counts: tuple[tuple[int, ...], ...] | None = None
     tasks: tuple[str, ...] | None = None
     samples: tuple[Mapping[str, str], ...] | None = None
+    select: Literal["validation", "last"] = "validation"
 
     def evaluated(self) -> tuple[RoundRecord, ...]:
         """The rounds that carry scores."""
@@ -153,10 +167,10 @@ class RunRecord:
     def selected(self) -> RoundRecord:
         """The evaluated round with the best mean validation accuracy, the earliest of equals; test is not looked at.
 
-        Without any validation items this is the last evaluated round.
+        Without any validation items, or where the run asks for it, this is the last evaluated round.
         """
-        self.last()
-        return select(self.evaluated())
+        last = self.last()
+        return last if self.select == "last" else select(self.evaluated())
 
 
 def select(evaluated: Sequence[RoundRecord]) -> RoundRecord:
@@ -202,31 +216,19 @@ def write_run(folder: Path, run: RunRecord) -> None:
     write_atomically(folder / "run.json", json.dumps(plain, indent=1) + "\n", private=True)
 
 
-def append_round(folder: Path, record: RoundRecord) -> None:
-    """Appends one line to ``rounds.jsonl``, which only its owner may read, and flushes it."""
-    append_text(folder / "rounds.jsonl", json.dumps(to_plain(record)) + "\n", private=True)
+def append_round(folder: Path, record: RoundRecord, *, durable: bool = False) -> bytes:
+    """Appends one line to ``rounds.jsonl``; on the disk when this returns if `durable`. Gives back what was written."""
+    line = json.dumps(to_plain(record)) + "\n"
+    return append_text(folder / "rounds.jsonl", line, private=True, durable=durable)
 
 
-def _parsed(text: str) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        ValueError: if the text is anything else.
-    """
-    try:
-        plain = json.loads(text)
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
-    if not isinstance(plain, dict):
-        raise ValueError(f"got {str(plain)[:40]!r}; expected a JSON object")  # noqa: TRY004 - the text is at fault
-    return plain
-
-
-def _record_of(cls: type[T], plain: dict[str, Any], where: str, scores: tuple[str, ...]) -> T:
+def _record_of(
+    cls: type[T], plain: dict[str, Any], where: str, scores: tuple[str, ...], check: Callable[[T], list[str]]
+) -> T:
     """A record from plain values.
 
     Raises:
-        FedmergeError: naming `where` and every value of the wrong type.
+        FedmergeError: naming `where` and every value that does not fit.
     """
     faults: list[str] = []
     values = dict(plain)
@@ -234,28 +236,52 @@ def _record_of(cls: type[T], plain: dict[str, Any], where: str, scores: tuple[st
         if isinstance(values.get(name), dict):
             values[name] = build_options(Scores, values[name], f"{where}: {name}", faults)
     record = None if faults else build_options(cls, values, where, faults)
-    if record is None:
-        raise FedmergeError("\n".join(faults))
+    if record is not None:
+        faults += [f"{where}: {fault}" for fault in check(record)]
+    if record is None or faults:
+        raise FedmergeError("\n".join(faults[:_MOST_FAULTS]))
     return record
 
 
-def _read_rounds(path: Path) -> tuple[RoundRecord, ...]:
+_MOST_FAULTS = 20
+
+
+def _read_rounds(path: Path, num_clients: int) -> tuple[RoundRecord, ...]:
     """All whole lines; a torn last line (the run was killed while writing it) is left out."""
     if not path.exists():
         return ()
-    lines = path.read_bytes().split(b"\n")
-    rounds = []
+    with path.open("rb") as file:
+        return tuple(rounds_from(iter(lambda: file.readline(MOST_FILE_BYTES), b""), num_clients, path))
+
+
+def rounds_from(lines: Iterable[bytes], num_clients: int, path: Path | str) -> Iterator[RoundRecord]:
+    """The rounds that the lines of ``rounds.jsonl`` hold, without a torn last one.
+
+    Args:
+        lines: With their line breaks.
+        num_clients: Of the run, N.
+        path: What messages call the file.
+
+    Raises:
+        FedmergeError: naming the line that is damaged.
+    """
     for number, line in enumerate(lines, 1):
         where = f"{path}, line {number}"
+        if line == b"\n":
+            continue
         try:
-            plain = _parsed(line.decode()) if line else None
+            plain = parse_json_table(line)
         except ValueError as error:
-            if number == len(lines):
-                break
-            raise FedmergeError(f"{where} is damaged: {error}; the run cannot be used, make it again") from error
-        if plain is not None:
-            rounds.append(_record_of(RoundRecord, plain, where, ("validation", "test")))
-    return tuple(rounds)
+            if not line.endswith(b"\n") and len(line) < MOST_FILE_BYTES:
+                return
+            raise _damaged(where, error) from error
+        yield _record_of(
+            RoundRecord, plain, where, ("validation", "test"), lambda record: faults_of_round(record, num_clients)
+        )
+
+
+def _damaged(where: str, error: Exception) -> FedmergeError:
+    return FedmergeError(f"{where} is damaged: {shortened(str(error))}; the run cannot be used, make it again")
 
 
 def read_run(folder: Path | str) -> RunRecord:
@@ -269,10 +295,27 @@ def read_run(folder: Path | str) -> RunRecord:
     if not path.is_file():
         raise FedmergeError(f"{folder} is not a run: it has no run.json; give a folder that `fedmerge run` wrote")
     try:
-        plain = _parsed(path.read_text(encoding="utf-8"))
+        content = read_bounded(path)
     except ValueError as error:
-        raise FedmergeError(f"{path} is damaged: {error}; the run cannot be used, make it again") from error
-    if isinstance(plain, dict):
-        plain.pop("selected_round", None)
-    record = _record_of(RunRecord, {**plain, "rounds": ()}, str(path), ("finetuned", "finetuned_validation"))
-    return dataclasses.replace(record, rounds=_read_rounds(folder / "rounds.jsonl"))
+        raise _damaged(str(path), error) from error
+    record = run_from(content, path)
+    return dataclasses.replace(record, rounds=_read_rounds(folder / "rounds.jsonl", len(record.client_names)))
+
+
+def run_from(content: bytes, path: Path | str) -> RunRecord:
+    """The run, without its rounds, that the content of ``run.json`` describes.
+
+    Args:
+        content: Of the file.
+        path: What messages call it.
+
+    Raises:
+        FedmergeError: naming every value that does not fit.
+    """
+    try:
+        plain = parse_json_table(content)
+    except ValueError as error:
+        raise _damaged(str(path), error) from error
+    plain.pop("selected_round", None)
+    scores = ("finetuned", "finetuned_validation")
+    return _record_of(RunRecord, {**plain, "rounds": ()}, str(path), scores, faults_of_run)

@@ -13,9 +13,11 @@ from typing import Any
 
 from torch import nn
 
-from fedmerge.core.errors import FedmergeError, UsageError
+from fedmerge.core.errors import FedmergeError, UsageError, unknown_name
 from fedmerge.core.files import write_atomically
 from fedmerge.core.options import build_options
+from fedmerge.core.strict_json import parse_json_table, read_bounded
+from fedmerge.core.text import brief, shortened
 from fedmerge.data import FederatedData
 from fedmerge.data.form import InputForm, form_from_plain
 from fedmerge.experiment.config import RunOptions, plain_options
@@ -23,6 +25,8 @@ from fedmerge.models import NETWORKS
 from fedmerge.training import LocalTraining
 
 _NAME = "serving.json"
+_KEYS = ("model", "training", "run", "inputs")
+_OPTIONAL = ("model", "inputs")
 
 
 @dataclass(frozen=True)
@@ -136,16 +140,37 @@ def read_serving(folder: Path) -> Serving | None:
     path = folder / _NAME
     if not path.is_file():
         return None
-    faults: list[str] = []
     try:
-        plain = json.loads(path.read_text(encoding="utf-8"))
-        tables = {key: dict(plain[key]) for key in ("training", "run")}
-        model, inputs = plain["model"], plain["inputs"]
-        form = None if inputs is None else form_from_plain(inputs)
-    except (FedmergeError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise FedmergeError(f"{path} is damaged: {error}; make the run again") from error
-    training = build_options(LocalTraining, tables["training"], "training", faults)
-    options = build_options(RunOptions, tables["run"], "run", faults)
-    if training is None or options is None or not isinstance(model, (dict, type(None))):
-        raise FedmergeError(f"{path} is damaged: {'; '.join(faults) or 'its model is no table'}; make the run again")
-    return Serving(model, training, options, form, plain.get("frozen_draw"))
+        return serving_from(read_bounded(path))
+    except ValueError as error:
+        raise FedmergeError(f"{path} is damaged: {shortened(str(error), 1000)}; make the run again") from error
+
+
+def serving_from(content: bytes) -> Serving:
+    """What the content of ``serving.json`` describes.
+
+    Raises:
+        ValueError: naming every value that does not fit.
+    """
+    plain = parse_json_table(content)
+    missing = [key for key in _KEYS if key not in plain]
+    unknown = [unknown_name("key", key, [*_KEYS, "frozen_draw"]) for key in plain if key not in {*_KEYS, "frozen_draw"}]
+    if missing or unknown:
+        raise ValueError("; ".join([*(f"it has no {key}" for key in missing), *unknown]))
+    faults: list[str] = []
+    for key, value in plain.items():
+        if not isinstance(value, str if key == "frozen_draw" else dict) and not (value is None and key in _OPTIONAL):
+            faults.append(f"{key}: got {brief(value)}; expected {'a text' if key == 'frozen_draw' else 'a table'}")
+    if faults:
+        raise ValueError("; ".join(faults))
+    training = build_options(LocalTraining, plain["training"], "training", faults)
+    options = build_options(RunOptions, plain["run"], "run", faults)
+    if plain["model"] is not None:
+        NETWORKS.build(plain["model"], "model", faults)
+    try:
+        form = None if plain["inputs"] is None else form_from_plain(plain["inputs"])
+    except FedmergeError as error:
+        faults.append(str(error))
+    if training is None or options is None or faults:
+        raise ValueError("; ".join(faults))
+    return Serving(plain["model"], training, options, form, plain.get("frozen_draw"))
