@@ -15,6 +15,7 @@ from fedmerge.experiment.record import RoundRecord, RunRecord
 from fedmerge.report.statistics import FloatArray
 
 Kind = Literal["weights", "one model", "nothing shared", "unknown"]
+_DECIMALS = 9
 _WORK = 500_000_000
 """Pairs of clients over all rounds above which the crowds of single rounds are not computed (some 10 seconds)."""
 
@@ -43,12 +44,12 @@ class Privacy:
 
     @property
     def effective(self) -> FloatArray:
-        """[N] K_eff among all clients, NaN for a client that can read nobody.
+        """[N] K_eff among all clients, to nine decimals so that 5 is not below 5; NaN where there is nobody to read.
 
         Raises:
             UsageError: where it is not known.
         """
-        return np.asarray(known(self).effective.numpy())
+        return np.asarray(known(self).effective.numpy().round(_DECIMALS))
 
     @property
     def small(self) -> tuple[int, ...]:
@@ -59,7 +60,7 @@ class Privacy:
     @property
     def order(self) -> tuple[int, ...]:
         """All clients, the smallest crowd first, those that can read nobody last; equal ones as they come."""
-        return tuple(int(i) for i in np.argsort(self.effective.round(9), kind="stable"))
+        return tuple(int(i) for i in np.argsort(self.effective, kind="stable"))
 
 
 def privacy(run: RunRecord, *, rounds: bool = True) -> Privacy:
@@ -131,7 +132,7 @@ def _smallest(run: RunRecord, kind: Kind) -> FloatArray | None:
         if rows is not None:
             found = crowd(rows[members], examples[members])
             smallest[members] = np.fmin(smallest[members], found.effective.numpy())
-    return smallest
+    return smallest.round(_DECIMALS)
 
 
 def _members(run: RunRecord, cohort: tuple[int, ...]) -> list[int]:
