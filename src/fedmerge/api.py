@@ -365,7 +365,7 @@ def export(
             weights) or ``mergekit`` (the server's models and a recipe); of another network ``torch`` (its tensors; the
             default) or ``onnx``.
         model: The network again, for a run folder that was made with a module or function of your own.
-        row: Whether the card tells the client's merging weights, which say whom it is like.
+        row: Whether the card tells the client's merging weights, which say whom it is like, and is its owner's then.
 
     Raises:
         UsageError: if there is no such client or kind, the kind does not fit the network or the method, the network

@@ -24,7 +24,9 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", metavar="NAME", help="the network again, if it was your own: a name or path/to/file.py:Name"
     )
-    parser.add_argument("--row", action="store_true", help="tell the client's merging weights in the model card")
+    parser.add_argument(
+        "--row", action="store_true", help="tell the client's merging weights in the model card, which is private then"
+    )
     parser.set_defaults(command=export)
 
 
@@ -40,6 +42,9 @@ def export(options: argparse.Namespace) -> None:
     )
     for name in found.files:
         out.print(str(found.folder / name), markup=False)
+    for name in found.private:
+        told = "holds the client's merging weights: only its owner may read it, do not publish it"
+        out.print(f"private     {name} {told}", markup=False)
     if found.difference is not None:
         away = (
             "of the client's adapters from the recipe's, relative"

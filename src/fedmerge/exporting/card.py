@@ -12,6 +12,7 @@ from fedmerge.exporting.pretrained import Pretrained
 from fedmerge.models.hf import weights_sha256
 
 _LARGEST_ROUNDING = 1e-5
+_TELLS = "The merging weights above say whom this client is like: this file is not for publication."
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,14 @@ def card_text(client: Client, card: Card, *, row: bool) -> str:
     Args:
         client: Whose model it is.
         card: What the kind of file adds.
-        row: Whether its merging weights are told.
+        row: Whether its merging weights are told, which say whom it is like.
     """
     facts = [*_base_facts(card.base), *_facts(client, card.base), *card.facts]
     weights = client.row() if row else None
     if weights is not None:
         facts.append(("merging weights", ", ".join(f"{weight:.4f}" for weight in weights)))
-    limits = [*card.limits, *_limits(client, card)]
+    told = [] if weights is None else [_TELLS]
+    limits = [*card.limits, *told, *_limits(client, card)]
     return f"""# {card.title}
 
 Made by fedmerge {__version__} for one client of a federation.

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from fedmerge.core.errors import UsageError, unknown_name
+from fedmerge.core.files import write_atomically
 from fedmerge.exporting.card import Card, card_text, difference_text
 from fedmerge.exporting.client import Client
 from fedmerge.exporting.files import arriving
-from fedmerge.exporting.mergekit import write_mergekit
+from fedmerge.exporting.mergekit import RECIPE, write_mergekit
 from fedmerge.exporting.pretrained import Pretrained, write_merged, write_peft
 from fedmerge.exporting.small import write_onnx, write_torch
 from fedmerge.exporting.snippets import snippet
@@ -33,12 +34,15 @@ class Exported:
         difference: Of kind ``mergekit``: how far the recipe's result is from the client's model, see
             `fedmerge.exporting.mergekit.difference`. Of kind ``onnx``: the largest difference of outputs on three
             random inputs. None for the others.
+        private: Names of the files that hold the client's merging weights, which say whom it is like: only their owner
+            may read them, and they are not for publication.
     """
 
     folder: Path
     kind: Kind
     files: tuple[str, ...]
     difference: float | None = None
+    private: tuple[str, ...] = ()
 
 
 def export_client(client: Client, out: Path, kind: str | None = None, *, row: bool = False) -> Exported:
@@ -57,9 +61,11 @@ def export_client(client: Client, out: Path, kind: str | None = None, *, row: bo
     chosen = _kind(client, kind)
     with arriving(out) as part:
         card, difference = _WRITERS[chosen](client, part)
-        (part / "README.md").write_text(card_text(client, card, row=row), encoding="utf-8")
+        tells = row and client.row() is not None
+        write_atomically(part / "README.md", card_text(client, card, row=tells), private=tells)
         files = tuple(sorted(str(path.relative_to(part)) for path in part.rglob("*") if path.is_file()))
-    return Exported(out, chosen, files, difference)
+    private = (*(("README.md",) if tells else ()), *((RECIPE,) if chosen == "mergekit" else ()))
+    return Exported(out, chosen, files, difference, private)
 
 
 def _kind(client: Client, kind: str | None) -> Kind:
@@ -96,8 +102,8 @@ def _as_mergekit(client: Client, folder: Path) -> tuple[Card, float]:
     gives = difference_text(difference)
     limits = (
         f"The recipe's result is {gives}.",
-        "The recipe holds this client's merging weights, and the folder all models of the server: they tell about "
-        "other clients too.",
+        f"`{RECIPE}` holds this client's merging weights, which say whom it is like, and the folder all models of the "
+        "server: they tell about other clients too and are not for publication. Only its owner may read the recipe.",
     )
     title = f"Recipe for the model of {client.name} on {parts.base_title}"
     facts = (("the recipe gives", gives),)

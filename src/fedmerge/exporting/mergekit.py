@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fedmerge.core.adapters import Pair, pairs_of
 from fedmerge.core.errors import UsageError
+from fedmerge.core.files import write_atomically
 from fedmerge.core.protocol import server_models, state_tensors
 from fedmerge.core.ranges import gathered, woven
 from fedmerge.core.spaces import Spaced
@@ -29,9 +30,13 @@ from fedmerge.exporting.pretrained import (
 )
 from fedmerge.models._weights import quietly
 
+RECIPE = "recipe.yaml"
+
 
 def write_mergekit(client: Client, folder: Path) -> tuple[Pretrained, float]:
     """``recipe.yaml``, ``model-0`` … ``model-<d−1>`` and, where the client has an output layer, ``head.safetensors``.
+
+    The recipe cannot do without the client's merging weights: only its owner may read it.
 
     Returns:
         The client's parts, and how far the recipe's result is from its model, see `difference`.
@@ -48,7 +53,7 @@ def write_mergekit(client: Client, folder: Path) -> tuple[Pretrained, float]:
         place.mkdir()
         own = parts_of(client, vector)
         write_adapter(place, own, _adapters_only(own, adapter_tensors(own)), ())
-    (folder / "recipe.yaml").write_text(_recipe(parts, row), encoding="utf-8")
+    write_atomically(folder / RECIPE, _recipe(parts, row), private=True)
     output = _output(parts)
     if output:
         write_tensors(folder / "head.safetensors", output)

@@ -41,7 +41,8 @@ the way that was chosen without its part of them, so that choosing does not flat
 ## Limits
 
 The estimate holds for further samples drawn like those given. The interval is Wilson's at 95 % and knows nothing of a
-change of the data. The files hold numbers and text only.
+change of the data. The files hold numbers and text only. The merging weights and the nearest clients say whom this
+client is like: this file and `onboard.json` are not for publication, and only their owner may read them.
 """
 
 

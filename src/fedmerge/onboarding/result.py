@@ -144,6 +144,9 @@ class Onboarded:
     def save(self, folder: Path | str) -> Path:
         """Writes ``model.safetensors``, ``onboard.json`` and ``README.md``; nothing in them can execute code.
 
+        The last two hold the client's merging weights and name the clients nearest to it: only their owner may read
+        them.
+
         Args:
             folder: Created; files of these names are refused, not overwritten.
 
@@ -158,8 +161,9 @@ class Onboarded:
         plain = self.plain()
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(folder / "onboard.json", json.dumps(plain, indent=1) + "\n")
-            write_atomically(folder / "README.md", model_card(plain, type(self.server.module).__name__))
+            card = model_card(plain, type(self.server.module).__name__)
+            write_atomically(folder / "onboard.json", json.dumps(plain, indent=1) + "\n", private=True)
+            write_atomically(folder / "README.md", card, private=True)
             (folder / "model.safetensors").write_bytes(save(tensors))
         except OSError as error:
             raise UsageError(f"cannot write {folder}: {error.strerror}. Give another folder") from error
