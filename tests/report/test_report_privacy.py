@@ -99,6 +99,18 @@ def test_the_crowd_of_a_round_is_that_of_its_cohort_under_the_weights_before_it(
     np.testing.assert_array_equal(found.smallest, [2, 2, 1, 1])  # in round 2 clients 0 and 2 share no model
 
 
+def test_only_replies_that_counted_are_in_a_rounds_crowd():
+    """Of six clients two are missing, one of whom was not believed; a second reply of client 0 changed nothing."""
+    run = one_model(6)
+    refused = ({"client": 2, "reason": "not finite"}, {"client": 0, "reason": "duplicate"})
+    late = dataclasses.replace(run.rounds[1], dropped=(5,), refused=refused)
+    found = privacy(dataclasses.replace(run, rounds=(run.rounds[0], late)))
+    assert found.smallest is not None
+    np.testing.assert_array_equal(found.smallest, [3, 3, np.nan, 3, 3, np.nan])
+    nothing = dataclasses.replace(run, rounds=(run.rounds[0], dataclasses.replace(late, abandoned=True)))
+    assert privacy(nothing).smallest is None
+
+
 def test_a_client_that_never_took_part_has_no_crowd_of_a_round():
     found = privacy(merging([[0.5, 0.5]] * 3))  # clients 0 and 1 take part
     assert found.smallest is not None

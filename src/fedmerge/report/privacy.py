@@ -31,8 +31,8 @@ class Privacy:
             several models and its records do not tell how much each client counts in each.
         round: The last evaluated one, whose weights these are.
         found: Crowd among all clients; None where nothing is shared or known.
-        smallest: [N] smallest K_eff in the cohorts that a client was in, with the weights of the last evaluated round
-            before each; NaN for a client that was in none or could read nobody there. None where `found` is, where no
+        smallest: [N] smallest K_eff among the clients whose replies counted in a round, of all rounds in which a
+            client's did, with the weights of the last evaluated round before each; NaN for a client that was in none or could read nobody there. None where `found` is, where no
             round was trained, or where it would take too long.
     """
 
@@ -145,13 +145,22 @@ def _members(run: RunRecord, cohort: tuple[int, ...]) -> list[int]:
     return list(cohort)
 
 
+def _replied(record: RoundRecord) -> tuple[int, ...]:
+    """The clients of the cohort whose replies moved the models."""
+    if record.abandoned:
+        return ()
+    missing = {*record.dropped, *(told.get("client") for told in record.refused if told.get("reason") != "duplicate")}
+    return tuple(client for client in record.cohort if client not in missing)
+
+
 def _weights_and_cohorts(run: RunRecord, kind: Kind) -> dict[tuple[int, tuple[int, ...]], RoundRecord]:
-    """(round of the weights, cohort) of every trained round, once each, with the record that has the weights."""
+    """(round of the weights, who replied) of every trained round, once each, with the record that has the weights."""
     pairs: dict[tuple[int, tuple[int, ...]], RoundRecord] = {}
     latest = run.rounds[0] if kind == "one model" else None
     for record in run.rounds:
-        if latest is not None and record.cohort:
-            pairs.setdefault((latest.round, record.cohort), latest)
+        replied = _replied(record)
+        if latest is not None and replied:
+            pairs.setdefault((latest.round, replied), latest)
         if record.mixing is not None:
             latest = record
     return pairs
