@@ -36,7 +36,9 @@ def merging(mixing, label="fedmerge", seed=0, **changes):
 
 def one_model(count, label="fedavg", **changes):
     state = {"server_floats": 10, "num_models": 1}
-    rounds = [round_record(k, [0.5] * count, [0.5] * count, state=state, cohort=tuple(range(count))) for k in (0, 1)]
+    rounds = [
+        round_record(k, [0.5] * count, [0.5] * count, state=state, cohort=tuple(range(k * count))) for k in (0, 1)
+    ]
     return run_record(label, 0, rounds, **changes)
 
 
@@ -102,7 +104,7 @@ def test_the_crowd_of_a_round_is_that_of_its_cohort_under_the_weights_before_it(
 def test_only_replies_that_counted_are_in_a_rounds_crowd():
     """Of six clients two are missing, one of whom was not believed; a second reply of client 0 changed nothing."""
     run = one_model(6)
-    refused = ({"client": 2, "reason": "not finite"}, {"client": 0, "reason": "duplicate"})
+    refused = ({"client": 2, "reason": "values"}, {"client": 0, "reason": "duplicate"})
     late = dataclasses.replace(run.rounds[1], dropped=(5,), refused=refused)
     found = privacy(dataclasses.replace(run, rounds=(run.rounds[0], late)))
     assert found.smallest is not None

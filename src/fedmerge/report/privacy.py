@@ -32,8 +32,9 @@ class Privacy:
         round: The last evaluated one, whose weights these are.
         found: Crowd among all clients; None where nothing is shared or known.
         smallest: [N] smallest K_eff among the clients whose replies counted in a round, of all rounds in which a
-            client's did, with the weights of the last evaluated round before each; NaN for a client that was in none or could read nobody there. None where `found` is, where no
-            round was trained, or where it would take too long.
+            client's did, with the weights of the last evaluated round before each; NaN for a client without such a
+            round or with nobody to read there. None where `found` is, where no round was trained, or where it would
+            take too long.
     """
 
     run: RunRecord
