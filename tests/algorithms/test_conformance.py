@@ -44,6 +44,8 @@ VARIANTS = [
     ("ifca", {"keep": ("0", "head")}),
     ("scaffold", {"keep": ("1",)}),
     ("one-shot", {"warmup": 4, "server_momentum": 0.5}),
+    ("dp-fedmerge", {"count_cap": 8, "momentum": 0.5, "initial": "independent"}),
+    ("dp-fedmerge", {"num_models": 1, "keep": ("head",)}),
 ]
 IDS = [name + ("" if not options else f"-{'-'.join(str(v) for v in options.values())}") for name, options in VARIANTS]
 
@@ -57,6 +59,8 @@ def make(name, options):
 def _made(name, options):
     if name not in ("fedmerge", "oracle") and "num_models" in option_fields(ALGORITHMS[name].cls):
         options = {"num_models": 3, **options}
+    if name == "dp-fedmerge":  # laws of what it does with replies; tests/privacy has those of its noise
+        options = {"noise_multiplier": 0.0, **options}
     return ALGORITHMS[name].cls(**options)
 
 
