@@ -12,20 +12,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedmerge.core.errors import FedmergeError, UsageError
+from fedmerge.experiment.book import new_run_folder
 from fedmerge.experiment.config import build_config
 from fedmerge.experiment.execute import execute_config
 from fedmerge.experiment.record import (
     RoundRecord,
     RunRecord,
     Scores,
-    append_round,
+    append_rounds,
     read_run,
     select,
     to_plain,
     write_atomically,
     write_run,
 )
-from fedmerge.experiment.store import create_run_folder
 from small import small
 
 RUN = RunRecord(
@@ -65,7 +65,7 @@ ROUND = RoundRecord(
 def folder(tmp_path: Path) -> Path:
     write_run(tmp_path, RUN)
     for number in (0, 1, 2):
-        append_round(tmp_path, dataclasses.replace(ROUND, round=number))
+        append_rounds(tmp_path, (dataclasses.replace(ROUND, round=number),))
     return tmp_path
 
 
@@ -92,7 +92,7 @@ def test_a_run_without_rounds_can_be_read(tmp_path: Path) -> None:
 def test_a_line_torn_anywhere_costs_that_round_alone(tmp_path_factory: pytest.TempPathFactory, cut: int) -> None:
     folder = tmp_path_factory.mktemp("torn")
     write_run(folder, RUN)
-    append_round(folder, ROUND)
+    append_rounds(folder, (ROUND,))
     whole = (folder / "rounds.jsonl").read_bytes()
     line = whole.rstrip(b"\n")
     (folder / "rounds.jsonl").write_bytes(whole + line[: min(cut, len(line) - 1)])
@@ -163,21 +163,24 @@ def test_writing_over_a_folder_leaves_nothing_behind(tmp_path: Path) -> None:
 def test_a_run_folder_with_anything_in_it_is_refused_untouched(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UsageError, match="exists and is not empty; nothing was overwritten"):
-        create_run_folder(tmp_path)
+        with new_run_folder(tmp_path):
+            pass
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("notes.txt", "mine")]
 
 
 def test_an_empty_folder_is_used(tmp_path: Path) -> None:
-    create_run_folder(tmp_path)
-    create_run_folder(tmp_path / "deep" / "er")
+    with new_run_folder(tmp_path):
+        pass
+    with new_run_folder(tmp_path / "deep" / "er"):
+        pass
     assert (tmp_path / "deep" / "er").is_dir()
 
 
 @pytest.mark.parametrize("below", ["file/run", "file", "x" * 300, "nul\0l"])
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path, below: str) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match="cannot write run folder"):
-        create_run_folder(tmp_path / below)
+    with pytest.raises(UsageError, match="cannot write run folder"), new_run_folder(tmp_path / below):
+        pass
 
 
 # ------------------------------------------------------------------------------------------------ selection

@@ -20,8 +20,8 @@ from fedmerge.experiment.comparison import plan, run_jobs
 from fedmerge.experiment.config import RunOptions, build_config
 from fedmerge.experiment.execute import Outcome, execute, execute_config
 from fedmerge.experiment.federation import load_data
+from fedmerge.experiment.participation import Participation, turnout
 from fedmerge.experiment.record import RoundRecord, read_run, to_plain
-from fedmerge.experiment.simulation import advance, cohort_of_round, prepare
 from fedmerge.training import LocalTraining, draw_batches
 from small import TABLE, small
 
@@ -123,32 +123,29 @@ def test_batches_depend_on_seed_round_and_client_alone() -> None:
     assert all(not torch.equal(drawn(), drawn(**{name: 7})) for name in ("seed", "round_number", "client"))
 
 
-@each_method
-def test_who_is_named_first_in_the_cohort_is_irrelevant(method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = build_config(small(method, precision="float64"))
-    setup, progress = prepare(config.method, clients(), config.model, config.training, config.run)
-    ascending, record = advance(setup, progress)
-    monkeypatch.setattr("fedmerge.experiment.simulation.cohort_of_round", lambda *_: torch.tensor([3, 0, 4, 1, 2]))
-    shuffled, other = advance(setup, progress)
-    assert same_bits(state_tensors(ascending.state), state_tensors(shuffled.state))
-    assert (record.bytes_down, record.bytes_up, record.forward) == (other.bytes_down, other.bytes_up, other.forward)
-
-
 # ------------------------------------------------------------------------------------------------ cohorts, schedules
 
 
+def asked(fraction: float, clients: int, round_number: int) -> tuple[int, ...]:
+    counts = [10] * clients
+    turned_out = turnout(
+        Participation(), fraction=fraction, seed=0, round_number=round_number, num_examples=counts, passes=counts
+    )
+    return turned_out.cohort
+
+
 def test_a_cohort_is_a_share_of_the_clients_in_ascending_order() -> None:
-    cohorts = [cohort_of_round(RunOptions(fraction=0.3), 10, number).tolist() for number in range(1, 40)]
+    cohorts = [list(asked(0.3, 10, number)) for number in range(1, 40)]
     assert all(len(cohort) == 3 and cohort == sorted(set(cohort)) for cohort in cohorts)
     assert {client for cohort in cohorts for client in cohort} == set(range(10))
 
 
 def test_the_smallest_fraction_still_asks_one_client() -> None:
-    assert len(cohort_of_round(RunOptions(fraction=0.001), 10, 1)) == 1
+    assert len(asked(0.001, 10, 1)) == 1
 
 
 def test_all_clients_take_part_where_the_fraction_is_one() -> None:
-    assert cohort_of_round(RunOptions(), 3, 1).tolist() == [0, 1, 2]
+    assert asked(1.0, 3, 1) == (0, 1, 2)
 
 
 def test_a_cosine_schedule_ends_slower_than_a_constant_one() -> None:

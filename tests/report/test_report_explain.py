@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from synthetic_runs import flat_run
 
 from fedmerge.core.errors import UsageError
-from fedmerge.experiment.record import append_round, read_run, write_run
+from fedmerge.experiment.record import append_rounds, read_run, write_run
 from fedmerge.report.classes import Classes, class_shares
 from fedmerge.report.explain import (
     client_use,
@@ -424,7 +424,7 @@ def test_class_counts_are_kept_and_runs_written_without_them_are_read(tmp_path):
     run = pairs()
     write_run(tmp_path, run)
     for record in run.rounds:
-        append_round(tmp_path, record)
+        append_rounds(tmp_path, (record,))
     assert read_run(tmp_path).class_counts == COUNTS
     plain = json.loads((tmp_path / "run.json").read_text())
     del plain["class_counts"]

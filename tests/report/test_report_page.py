@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from synthetic_runs import flat_run, means_of, round_record, run_record, scores
 
 from fedmerge.core.errors import UsageError
-from fedmerge.experiment.record import append_round, read_run, write_run
+from fedmerge.experiment.record import append_rounds, read_run, write_run
 from fedmerge.report import write_report
 from fedmerge.report.markup import Markup, element, escape, join, shorten
 from fedmerge.report.page import report_page
@@ -256,7 +256,7 @@ def test_a_run_folder_becomes_a_file(tmp_path: Path):
     folder.mkdir()
     write_run(folder, run)
     for record in run.rounds:
-        append_round(folder, record)
+        append_rounds(folder, (record,))
     target = write_report([read_run(folder)], tmp_path / "new" / "report.html")
     assert target.read_text(encoding="utf-8") == page([run])
     assert [path.name for path in target.parent.iterdir()] == ["report.html"]

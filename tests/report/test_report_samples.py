@@ -7,7 +7,7 @@ import json
 import pytest
 from synthetic_runs import flat_run
 
-from fedmerge.experiment.record import append_round, read_run, write_run
+from fedmerge.experiment.record import append_rounds, read_run, write_run
 from fedmerge.report.page import TEXT, report_page
 from fedmerge.report.samples import EMPTY, PROMPTS, samples_table
 from fedmerge.report.study import studies
@@ -85,7 +85,7 @@ def test_samples_are_kept_and_runs_written_without_them_are_read(tmp_path):
     run = written("fedmerge", 0, sample())
     write_run(tmp_path, run)
     for record in run.rounds:
-        append_round(tmp_path, record)
+        append_rounds(tmp_path, (record,))
     assert read_run(tmp_path) == run
     plain = json.loads((tmp_path / "run.json").read_text())
     del plain["samples"]

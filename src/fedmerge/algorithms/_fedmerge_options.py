@@ -6,11 +6,12 @@ from typing import Any
 
 from fedmerge.core.errors import UsageError
 
+_OURS: dict[str, Any] = {"scope": "all", "momentum": 0.5, "shrinkage": 0.3, "max_gap": 2.0}
 # What a rule brings with it where the user says nothing. `official` is the authors' published procedure.
 BY_RULE: dict[str, dict[str, Any]] = {
-    "mirror": {"initial": "split", "scope": "all", "mixing_lr": 0.2, "decay": 0.02, "momentum": 0.5, "shrinkage": 0.3},
-    "gradient": {"initial": "noise", "scope": "all", "mixing_lr": 1.0, "decay": 0.0, "momentum": 0.5, "shrinkage": 0.3},
-    "adam": {"initial": "noise", "scope": "all", "mixing_lr": 0.1, "decay": 0.0, "momentum": 0.5, "shrinkage": 0.3},
+    "mirror": {"initial": "split", "mixing_lr": 0.2, "decay": 0.02, **_OURS},
+    "gradient": {"initial": "noise", "mixing_lr": 1.0, "decay": 0.0, **_OURS},
+    "adam": {"initial": "noise", "mixing_lr": 0.1, "decay": 0.0, **_OURS},
     "official": {
         "initial": "independent",
         "scope": "head",
@@ -18,6 +19,7 @@ BY_RULE: dict[str, dict[str, Any]] = {
         "decay": 0.0,
         "momentum": 0.0,
         "shrinkage": 0.0,
+        "max_gap": 0.0,
     },
 }
 
@@ -33,6 +35,8 @@ def refuse_contradictions(given: Any) -> None:
         faults.append(f"decay: got {given.decay!r} with rule={given.rule!r}; only rule='mirror' has it")
     if given.rows != "model" and given.scope == "head":
         faults.append(f"scope: got 'head' with rows={given.rows!r}; expected 'all' or nothing")
+    if given.max_gap is not None and 0 < given.max_gap <= 1:
+        faults.append(f"max_gap: got {given.max_gap!r}, which every model exceeds; expected 0 or a number > 1")
     faults += _faults_of_idle_options(given)
     if faults:
         raise UsageError("\n".join(f"FedMerge.{fault}" for fault in faults))
@@ -48,7 +52,7 @@ def _faults_of_official(given: Any) -> list[str]:
         faults.append(f"rows: got {given.rows!r} with rule='official'; expected 'model'")
     return faults + [
         f"{name}: got {getattr(given, name)!r} with rule='official', which has none; leave it out"
-        for name in ("momentum", "shrinkage")
+        for name in ("momentum", "shrinkage", "max_gap", "max_logit")
         if getattr(given, name)
     ]
 

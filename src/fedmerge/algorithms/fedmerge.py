@@ -15,6 +15,7 @@ from fedmerge.algorithms import _fedmerge_options, _parts
 from fedmerge.algorithms._registry import algorithm
 from fedmerge.core import mixing as rules
 from fedmerge.core import structure
+from fedmerge.core.bounds import within_reach
 from fedmerge.core.errors import UsageError
 from fedmerge.core.options import check_options, option
 from fedmerge.core.protocol import Batches, Cost, Draw, Federation, Task, Update
@@ -100,6 +101,11 @@ class FedMerge:
     elbow: float = option(2.5, above=1, help="drop of the merge costs that counts as sharp")
     floor: float = option(3.0, above=1, help="relative merge cost that counts as a real group")
     max_models: int = option(15, at_least=2, help="largest d that the search considers")
+    max_gap: float | None = option(
+        None, at_least=0, help="distance of a model from the others, times the models' median; 0: any (2, official 0)"
+    )
+    max_share: float = option(1.0, above=0, at_most=1, help="largest share of one client in one model's step")
+    max_logit: float | None = option(None, above=0, help="largest size of a logit (mirror: mixing_lr / decay anyway)")
     noise: float = option(0.1, above=0, help="share of a fresh draw added to each model where initial is 'noise'")
     lean: float = option(1.0, above=0, help="first logit of a client's own group after the split; adapters: 6 times it")
 
@@ -194,13 +200,18 @@ class FedMerge:
         )
         after = replace(
             state,
-            soup=Soup(moved.models, logits),
+            soup=Soup(self._within_reach(moved, mixing(logits).mean(dim=(0, 1))), logits),
             velocity=moved.velocity,
             moments=moments,
             seen=state.seen.index_add(0, clients, torch.ones_like(clients)),
             rounds=state.rounds + 1,
         )
         return self._searched(after, clients, update.delta, num_examples) if bool(state.searching) else after
+
+    def _within_reach(self, moved: _parts.Models, use: Float[Tensor, " d"]) -> Float[Tensor, "d P"]:
+        T = moved.velocity.shape[1]
+        near = within_reach(moved.models[:, :T], use, factor=self.max_gap or 0.0)
+        return torch.cat([near, moved.models[:, T:]], dim=1)
 
     def _model_step(
         self,
@@ -211,8 +222,9 @@ class FedMerge:
     ) -> Float[Tensor, "d P"]:
         proportions = shares_of_examples(num_examples)
         if len(state.soup.models) == 1:
-            return weighted_sum(proportions, delta)
-        T, share = state.velocity.shape[1], [shares(row, num_examples) for row in weights]
+            return weighted_sum(proportions.clamp_max(self.max_share), delta)
+        T = state.velocity.shape[1]
+        share = [shares(row, num_examples).clamp_max(self.max_share) for row in weights]
         steps = [
             shrunk_updates(delta[:, a : min(b, T)], own, proportions[:, 0], strength=self.shrinkage or 0.0)
             for (a, b), own in zip(state.blocks.tolist(), share, strict=True)
@@ -240,7 +252,7 @@ class FedMerge:
                 gradient = logit_gradient(models, weights, replies, proportions)
                 rows, memory = rules.adam_step(rows, gradient, memory, lr=self.mixing_lr or 0.0)
                 moments[:, block, clients] = torch.stack([memory.first, memory.second])
-            logits[block, clients] = rows
+            logits[block, clients] = rows if self.max_logit is None else rows.clamp(-self.max_logit, self.max_logit)
         return logits, moments
 
     def _mirrored(

@@ -15,9 +15,8 @@ from fedmerge.core.errors import UsageError, unknown_name
 from fedmerge.core.options import accepted_text, option_fields
 from fedmerge.core.registry import Registry
 from fedmerge.data import PARTITIONS, SOURCES, FolderOptions
-from fedmerge.experiment.config import RunOptions
+from fedmerge.experiment.config import OPTION_TABLES, RunOptions
 from fedmerge.models import NETWORKS
-from fedmerge.training import LocalTraining
 
 REGISTRIES: dict[str, Registry[Any]] = {
     "methods": ALGORITHMS,
@@ -25,7 +24,7 @@ REGISTRIES: dict[str, Registry[Any]] = {
     "partitions": PARTITIONS,
     "models": NETWORKS,
 }
-OPTION_GROUPS: dict[str, type] = {"run": RunOptions, "training": LocalTraining, "folder": FolderOptions}
+OPTION_GROUPS: dict[str, type] = {"run": RunOptions, **OPTION_TABLES, "folder": FolderOptions}
 
 
 def list_entries(options: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""Files that a reader sees whole or not at all, and private ones that only their owner reads."""
+"""Files that a reader sees whole or not at all and that outlive a power cut; private ones only their owner reads."""
 
 from __future__ import annotations
 
@@ -33,24 +33,31 @@ def write_atomically(path: Path, content: str | bytes, *, private: bool = False)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+        _sync_folder(path.parent)
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
 
 
-def append_text(path: Path, text: str, *, private: bool = False) -> None:
-    """Appends a text as UTF-8; a new file is made if there is none.
+def append_text(path: Path, text: str, *, private: bool = False, durable: bool = False) -> bytes:
+    """Appends a text as UTF-8; a new file is made if there is none. Gives back what was written.
 
     Args:
         path: Grows; what a killed run left of its last line stays.
         text: With its line ends.
         private: As in `write_atomically`; a file that others could read is closed to them first.
+        durable: Whether it must be on the disk when this returns.
 
     Raises:
         OSError: if it cannot be written.
     """
     with os.fdopen(_opened(path, os.O_APPEND, private=private), "ab") as file:
-        file.write(text.encode("utf-8"))
+        content = text.encode("utf-8")
+        file.write(content)
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
+    return content
 
 
 def _opened(path: Path, flags: int, *, private: bool) -> int:
@@ -63,3 +70,25 @@ def _opened(path: Path, flags: int, *, private: bool) -> int:
             os.close(descriptor)
             raise
     return descriptor
+
+
+def truncate(path: Path, length: int) -> None:
+    """Cuts a file off after `length` bytes, on the disk too; a file that is not there stays away.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    if not path.exists():
+        return
+    with path.open("rb+") as file:
+        file.truncate(length)
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes a rename in a folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

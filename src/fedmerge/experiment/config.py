@@ -15,10 +15,13 @@ import torch
 
 from fedmerge.algorithms import ALGORITHMS
 from fedmerge.algorithms.fedmerge import FedMerge
+from fedmerge.core.defences import Defences
 from fedmerge.core.errors import UsageError, unknown_name
 from fedmerge.core.options import build_options, check_options, option, option_fields
 from fedmerge.core.registry import Registry
 from fedmerge.data import PARTITIONS, SOURCES, FolderOptions
+from fedmerge.experiment.attacks import Attack
+from fedmerge.experiment.participation import Participation
 from fedmerge.models import NETWORKS
 from fedmerge.models.mlp import Mlp
 from fedmerge.training import LocalTraining
@@ -55,6 +58,15 @@ class RunOptions:
         "auto",
         help="how LoRA factors are averaged: each alone, or as products (auto: while the two differ by over 0.3)",
     )
+    select: Literal["validation", "last"] = option(
+        "validation", help="which round is reported and deployed: the best one on validation, or the last"
+    )
+    checkpoint_every: int = option(
+        1, at_least=0, help="rounds between two checkpoints, after which the run can go on; 0: none"
+    )
+    participation: Participation = option(Participation(), help="who is asked and who answers in time")
+    defences: Defences = option(Defences(), help="what is believed of a reply (list defences)")
+    attack: Attack = option(Attack(), help="clients that lie, for simulations (list attack)")
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -63,6 +75,15 @@ class RunOptions:
     def dtype(self) -> torch.dtype:
         """Of inputs and parameters: `precision` as torch knows it."""
         return {"float32": torch.float32, "float64": torch.float64}[self.precision]
+
+
+OPTION_TABLES: dict[str, type] = {
+    "training": LocalTraining,
+    "participation": Participation,
+    "defences": Defences,
+    "attack": Attack,
+}
+"""Tables of options beside those of data, network and method."""
 
 
 @dataclass(frozen=True)
@@ -226,8 +247,9 @@ def _complain_of_unknown(rest: Table, faults: list[str]) -> None:
 
 def unknown_option(key: str, known: Iterable[str]) -> str:
     """What to say of a run option that does not exist: where it belongs, or the nearest name."""
-    if key in option_fields(LocalTraining):
-        return f"unknown option {key!r}: it belongs to training (training.{key})"
+    for table, cls in OPTION_TABLES.items():
+        if key in option_fields(cls):
+            return f"unknown option {key!r}: it belongs to {table} ({table}.{key})"
     owners = [name for name in ALGORITHMS if key in option_fields(ALGORITHMS[name].cls)]
     if owners:
         return f"unknown option {key!r}: it belongs to a method (method.{key}, of {', '.join(owners)})"
@@ -306,9 +328,13 @@ def to_table(config: Config) -> Table:
 def plain_options(options: Any) -> Table:
     """An options dataclass as plain values, None left out."""
     plain = {f.name: getattr(options, f.name) for f in dataclasses.fields(options) if f.init}
-    return {
-        key: list(value) if isinstance(value, tuple) else value for key, value in plain.items() if value is not None
-    }
+    return {key: _plain_value(value) for key, value in plain.items() if value is not None}
+
+
+def _plain_value(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return plain_options(value)
+    return list(value) if isinstance(value, tuple) else value
 
 
 def method_options(method: Any, training: LocalTraining) -> dict[str, Any]:

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from fedmerge.algorithms import ALGORITHMS
 from fedmerge.data import FederatedData
+from fedmerge.experiment.book import Book, new_run_folder
 from fedmerge.experiment.config import Config, RunOptions, method_options, plain_options
 from fedmerge.experiment.federation import load_data
 from fedmerge.experiment.forecast import Forecast, forecast
-from fedmerge.experiment.record import RoundRecord, RunRecord, Status, append_round, select, write_run
+from fedmerge.experiment.record import RoundRecord, RunRecord, Status, select, write_run
 from fedmerge.experiment.samples import written_samples
 from fedmerge.experiment.serving import write_serving
 from fedmerge.experiment.simulation import Progress, Setup, finetune, one_thread, prepare, rounds
-from fedmerge.experiment.store import create_run_folder, versions, write_inputs, write_models
+from fedmerge.experiment.store import versions, write_inputs, write_models
 from fedmerge.training import LocalTraining
 
 _MOST_OPTIONS = 6
@@ -111,56 +113,106 @@ def execute(
         config: Written into the folder, where the run was made from one.
         foretell: As for `execute_config`.
     """
-    began = time.perf_counter()
     setup, progress = prepare(algorithm, data, model, training, options)
     record = _new_record(setup, data, model, label)
-    if folder is not None:
-        create_run_folder(folder)
-        write_inputs(folder, config, data)
-        write_serving(folder, model, training, options, data, setup.module)
-        write_run(folder, record)
-    if foretell is not None:
-        foretell(forecast(setup, progress))
-    journey = _Journey(progress, progress, [])
-    try:
-        with one_thread():
-            for progress_now, line in rounds(setup, progress):
-                journey.follow(progress_now, line)
-                if folder is not None:
-                    append_round(folder, line)
-                if watch is not None:
-                    watch(line)
-            record = _with_finetuning(record, setup, journey.selected)
-            record = replace(record, samples=written_samples(setup, journey.selected, model))
-    except BaseException as error:
-        status: Status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-        _close(record, status, journey, time.perf_counter() - began, folder)
-        raise
-    record = _close(record, "finished", journey, time.perf_counter() - began, folder)
-    return Outcome(record, setup, journey.last, journey.selected, folder, model)
+    with nullcontext() if folder is None else new_run_folder(folder):
+        book = None
+        if folder is not None:
+            write_inputs(folder, config, data)
+            write_serving(folder, model, training, options, data, setup.module)
+            write_run(folder, record)
+            book = Book(folder, setup, record.data_sha256)
+        if foretell is not None:
+            foretell(forecast(setup, progress))
+        return play(setup, Journey(progress, progress), record, model=model, folder=folder, book=book, watch=watch)
 
 
 @dataclass
-class _Journey:
-    """Where a run is and was best; the one thing here that changes as it goes."""
+class Journey:
+    """Where a run is and was best; the one thing here that changes as it goes.
+
+    Attributes:
+        last: The state after the last round.
+        selected: The state at the round that is selected so far.
+        lines: The rounds so far.
+        best: The selected round; None before the first evaluation.
+        seconds: Wall time before this process took the run over.
+    """
 
     last: Progress
     selected: Progress
-    lines: list[RoundRecord]
+    lines: list[RoundRecord] = field(default_factory=list)
     best: RoundRecord | None = None
+    seconds: float = 0.0
 
-    def follow(self, progress: Progress, line: RoundRecord) -> None:
+    def follow(self, progress: Progress, line: RoundRecord, which: str) -> None:
         """Takes in one round."""
         self.last = progress
         self.lines.append(line)
         if line.test is None:
             return
-        self.best = line if self.best is None else select((self.best, line))
+        self.best = line if self.best is None or which == "last" else select((self.best, line))
         if self.best is line:
             self.selected = progress
 
+    @property
+    def choice(self) -> tuple[int, Progress]:
+        """The selected round, −1 for none, and the state at it."""
+        return (-1 if self.best is None else self.best.round), self.selected
 
-def _close(record: RunRecord, status: Status, journey: _Journey, seconds: float, folder: Path | None) -> RunRecord:
+
+def play(
+    setup: Setup,
+    journey: Journey,
+    record: RunRecord,
+    *,
+    model: Any,
+    folder: Path | None,
+    book: Book | None,
+    watch: Watcher | None,
+) -> Outcome:
+    """All rounds that are left of a run, and its end.
+
+    Args:
+        setup: Of the run.
+        journey: Where it stands; goes along.
+        record: What is known of it.
+        model: Recipe, module or function that the run was given.
+        folder: Where to write it, if anywhere; held by this process.
+        book: Of that folder.
+        watch: Called after every round, where there is a book when it is on the disk.
+    """
+    began = time.perf_counter() - journey.seconds
+    try:
+        with one_thread():
+            for progress, line in rounds(setup, journey.last, begun=bool(journey.lines)):
+                journey.follow(progress, line, setup.options.select)
+                if book is not None:
+                    book.note(line, journey.last, journey.choice, time.perf_counter() - began)
+                _announce((line,) if book is None else book.written(), watch)
+            _announce(() if book is None else book.written(wait=True), watch)
+            record = _with_finetuning(record, setup, journey.selected)
+            record = replace(record, samples=written_samples(setup, journey.selected, model))
+    except BaseException as error:
+        status: Status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        with suppress(OSError):  # a full disk, which `error` tells already
+            if book is not None:
+                book.stop(journey.last, journey.choice, time.perf_counter() - began)
+            _close(record, status, journey, time.perf_counter() - began, folder)
+        raise
+    record = _close(record, "finished", journey, time.perf_counter() - began, folder)
+    if book is not None:
+        book.close()
+    return Outcome(record, setup, journey.last, journey.selected, folder, model)
+
+
+def _announce(lines: Iterable[RoundRecord], watch: Watcher | None) -> None:
+    if watch is not None:
+        for line in lines:
+            watch(line)
+
+
+def _close(record: RunRecord, status: Status, journey: Journey, seconds: float, folder: Path | None) -> RunRecord:
     record = replace(record, status=status, seconds=seconds, rounds=tuple(journey.lines))
     if folder is not None:
         write_models(folder / "models.safetensors", journey.selected)
@@ -195,6 +247,7 @@ def _new_record(setup: Setup, data: FederatedData, model: Any, label: str) -> Ru
         versions=versions(),
         class_counts=data.class_counts(),
         tasks=data.tasks,
+        select=setup.options.select,
     )
 
 

@@ -216,10 +216,10 @@ def write_run(folder: Path, run: RunRecord) -> None:
     write_atomically(folder / "run.json", json.dumps(plain, indent=1) + "\n", private=True)
 
 
-def append_round(folder: Path, record: RoundRecord, *, durable: bool = False) -> bytes:
-    """Appends one line to ``rounds.jsonl``; on the disk when this returns if `durable`. Gives back what was written."""
-    line = json.dumps(to_plain(record)) + "\n"
-    return append_text(folder / "rounds.jsonl", line, private=True, durable=durable)
+def append_rounds(folder: Path, records: Sequence[RoundRecord]) -> bytes:
+    """Appends lines to ``rounds.jsonl``, on the disk when this returns. Gives back what was written."""
+    text = "".join(json.dumps(to_plain(record)) + "\n" for record in records)
+    return append_text(folder / "rounds.jsonl", text, private=True, durable=True)
 
 
 def _record_of(

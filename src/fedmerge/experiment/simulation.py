@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fedmerge.core.defences import guarded
 from fedmerge.core.ensemble import Personal
 from fedmerge.core.errors import FedmergeError, UsageError
 from fedmerge.core.keeping import keeping, travelling
 from fedmerge.core.protocol import Algorithm, Batches, Federation
-from fedmerge.core.randomness import fresh_module_randomness, generator
+from fedmerge.core.randomness import fresh_module_randomness
+from fedmerge.core.replies import Refusal
 from fedmerge.core.spaces import in_space
+from fedmerge.core.text import printable
 from fedmerge.core.vector import Layout, layout_of
 from fedmerge.data import FederatedData
+from fedmerge.experiment.attacks import attackers, tampered
 from fedmerge.experiment.config import RunOptions
 from fedmerge.experiment.federation import (
     channels_last,
@@ -27,17 +33,21 @@ from fedmerge.experiment.federation import (
     in_precision,
     make_module,
 )
+from fedmerge.experiment.participation import Presence, Turnout, presence_of, turnout
 from fedmerge.experiment.record import RoundRecord, Scores
 from fedmerge.experiment.trial import check_module, choose_engine
 from fedmerge.runtime import (
     Engine,
     Fleet,
+    Meeting,
     finetuned,
     personal_models,
     run_round,
     score,
 )
 from fedmerge.training import LocalTraining, Tally, draw_batches, one_pass, rate_of_round
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -54,6 +64,9 @@ class Setup:
         training: What a client does in a round.
         options: Rounds, seed and the like.
         facts: What the method is told.
+        passes: [N] training examples that each client passes in a round.
+        presence: When clients can be asked, if a trace says so.
+        attackers: Clients that lie.
     """
 
     algorithm: Algorithm[Any]
@@ -65,6 +78,9 @@ class Setup:
     training: LocalTraining
     options: RunOptions
     facts: Federation
+    passes: tuple[int, ...] = ()
+    presence: Presence | None = None
+    attackers: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -115,7 +131,8 @@ def prepare(
     engine = choose_engine(options.runtime, module, layout, training.descent(), data)
     facts = federation_facts(data, layout)
     draw = drawer(model, data, options.seed, layout, dtype)
-    played = keeping(in_space(algorithm, travelling(layout, options.keep), options.merging), layout, options.keep)
+    spaced = in_space(algorithm, travelling(layout, options.keep), options.merging)
+    played = keeping(guarded(spaced, options.defences), layout, options.keep)
     state = played.init(draw, facts, options.seed)
     start = draw(0)
     N = len(data.clients)
@@ -125,7 +142,20 @@ def prepare(
         policy=options.buffers,
         num_trainable=layout.num_trainable,
     )
-    setup = Setup(algorithm, played, data, module, layout, engine, training, options, facts)
+    setup = Setup(
+        algorithm,
+        played,
+        data,
+        module,
+        layout,
+        engine,
+        training,
+        options,
+        facts,
+        passes=tuple(training.passes(client.num_train) for client in data.clients),
+        presence=presence_of(options.participation, [client.name for client in data.clients]),
+        attackers=attackers(options.attack, N, options.seed),
+    )
     return setup, Progress(state, fleet, 0)
 
 
@@ -136,42 +166,92 @@ def remember(module: nn.Module, inputs: Tensor) -> None:
         learn(inputs)
 
 
-def cohort_of_round(options: RunOptions, num_clients: int, round_number: int) -> Tensor:
-    """Who takes part: a share of the clients without replacement, ascending; the same for every method."""
-    if options.fraction >= 1:
-        return torch.arange(num_clients)
-    size = max(1, round(options.fraction * num_clients))
-    chosen = generator(options.seed, "cohort", round_number).choice(num_clients, size, replace=False)
-    chosen.sort()
-    return torch.from_numpy(chosen)
+def attendance(setup: Setup, round_number: int) -> Turnout:
+    """Who is asked in a round and who answers; the same for every method."""
+    options, clients = setup.options, setup.data.clients
+    counts = [client.num_train for client in clients]
+    return turnout(
+        options.participation,
+        fraction=options.fraction,
+        seed=options.seed,
+        round_number=round_number,
+        num_examples=counts,
+        passes=setup.passes if options.participation.deadline is not None else counts,
+        presence=setup.presence,
+    )
 
 
 def advance(setup: Setup, progress: Progress) -> tuple[Progress, RoundRecord]:
     """One round; the record carries no scores yet."""
     number, options, clients = progress.round + 1, setup.options, setup.data.clients
     began = time.perf_counter()
-    cohort = cohort_of_round(options, len(clients), number)
+    turned_out = attendance(setup, number)
+    training = turned_out.training
     rate = rate_of_round(setup.training, number, options.rounds)
     batches = [
         draw_batches(clients[i].train, setup.training, lr=rate, seed=options.seed, round_number=number, client=i)
-        for i in cohort.tolist()
+        for i in training
     ]
-    num_examples = torch.tensor([clients[i].num_train for i in cohort.tolist()])
+    num_examples = torch.tensor([clients[i].num_train for i in training], dtype=torch.int64)
     cost = setup.played.cost(progress.state)
     with fresh_module_randomness(options.seed, "dropout", number):
-        result = run_round(setup.played, progress.state, progress.fleet, cohort, batches, num_examples, setup.engine)
+        meeting = _meeting(setup, turned_out, number)
+        result = run_round(setup.played, progress.state, progress.fleet, meeting, batches, num_examples, setup.engine)
     passed = sum(len(batch.targets) for steps in batches for batch in steps)
     record = RoundRecord(
         round=number,
-        cohort=tuple(cohort.tolist()),
+        cohort=turned_out.cohort,
         seconds=time.perf_counter() - began,
         bytes_down=result.bytes_down,
         bytes_up=result.bytes_up,
         forward=round(passed * (1 + cost.extra_forward)),
         backward=round(passed * (1 + cost.extra_backward)),
         state=_described(setup.played, result.state),
+        dropped=tuple(sorted(turned_out.dropped)),
+        refused=tuple({"client": r.client, "reason": r.reason} for r in (*_too_late(turned_out), *result.refusals)),
+        abandoned=result.abandoned,
+        virtual_seconds=turned_out.seconds,
     )
+    _tell(setup, record, result.refusals)
     return Progress(result.state, result.fleet, number), record
+
+
+def _meeting(setup: Setup, turned_out: Turnout, number: int) -> Meeting:
+    options = setup.options
+    transit = None
+    if setup.attackers:
+        transit = partial(
+            tampered, options.attack, attackers=setup.attackers, seed=options.seed, believed=options.defences
+        )
+    return Meeting(
+        cohort=torch.tensor(turned_out.cohort, dtype=torch.int64),
+        trained=torch.tensor(turned_out.training, dtype=torch.int64),
+        quorum=turned_out.quorum,
+        run=str(options.seed),
+        number=number,
+        transit=transit,
+    )
+
+
+def _too_late(turned_out: Turnout) -> list[Refusal]:
+    """What the gate says of replies after the deadline, which a simulation need not compute."""
+    return [Refusal(i, "late", "the reply came after the deadline of the round") for i in sorted(turned_out.late)]
+
+
+def _tell(setup: Setup, record: RoundRecord, refusals: Sequence[Refusal]) -> None:
+    """Says aloud what was refused and that a round was abandoned."""
+    names = setup.data.clients
+    for refusal in refusals:
+        who = "?" if refusal.client is None else names[refusal.client].name
+        log.warning("round %d: reply of %s refused: %s", record.round, printable(who), refusal.detail)
+    if record.abandoned:
+        log.warning(
+            "round %d abandoned: %d of %d clients replied, %s needed; the models stay as they were",
+            record.round,
+            len(record.cohort) - len(record.dropped) - len(record.refused),
+            len(record.cohort),
+            f"{100 * setup.options.participation.quorum:g} %",
+        )
 
 
 def _described(algorithm: Algorithm[Any], state: Any) -> dict[str, Any]:
@@ -261,9 +341,10 @@ def _vector(model: Personal) -> Tensor:
     )
 
 
-def rounds(setup: Setup, progress: Progress) -> Iterator[tuple[Progress, RoundRecord]]:
-    """Round 0 and then every round of the run, with scores where they are due."""
-    yield progress, evaluate(setup, progress, first_record(setup, progress))
+def rounds(setup: Setup, progress: Progress, *, begun: bool = False) -> Iterator[tuple[Progress, RoundRecord]]:
+    """Round 0, unless the run has begun already, and then every round that is left, with scores where they are due."""
+    if not begun:
+        yield progress, evaluate(setup, progress, first_record(setup, progress))
     while progress.round < setup.options.rounds:
         progress, record = advance(setup, progress)
         due = progress.round % setup.options.evaluate_every == 0 or progress.round == setup.options.rounds

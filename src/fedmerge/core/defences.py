@@ -1,0 +1,235 @@
+"""What a server believes of a reply, whatever the method: lengths and numbers of examples far above the others' are cut.
+
+One client must not outweigh the rest by sending a long update or by claiming many examples. Both are held against the
+median of what clients sent lately, one vote each, so that fewer than half of them cannot move it. An update or a number
+within the limit passes as it is, bit for bit: where nothing is cut, a guarded run is an unguarded one.
+"""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from fedmerge.core.ensemble import Personal
+from fedmerge.core.errors import UsageError
+from fedmerge.core.options import check_options, option
+from fedmerge.core.protocol import Algorithm, Batches, Cost, Draw, Federation, Task, Update
+from fedmerge.core.sums import squared_norms
+
+VOTERS = 25
+"""How many clients' last replies make up a median, at least, where so many have replied: small cohorts look back."""
+
+
+@dataclass(frozen=True)
+class Defences:
+    """How much longer an update, and how much larger a number of examples, may be than those of most clients."""
+
+    clip: float = option(3.0, at_least=0, help="longest update that is believed, times the clients' median; 0: any")
+    max_count: float = option(
+        2.0, at_least=0, help="largest number of examples that is believed, times the clients' median; 0: any"
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        faults = [
+            f"Defences.{name}: got {value:g}, which would cut the median itself; expected 0 or a number >= 1"
+            for name, value in (("clip", self.clip), ("max_count", self.max_count))
+            if 0 < value < 1
+        ]
+        if faults:
+            raise UsageError("\n".join(faults))
+
+
+@dataclass(frozen=True)
+class Watched:
+    """Server state.
+
+    Attributes:
+        method: The method's own.
+        edges: [2] where the trainable part and the whole vector end, T and P.
+        round: [] completed.
+        last: [N] round of each client's last reply; 0 before its first.
+        norms: [2, N] lengths of its trainable part and of its buffers, as they came.
+        counts: [N] number of examples that it claimed.
+        clipped: [N] how often an update of this client was cut.
+        capped: [N] how often its number of examples was cut.
+    """
+
+    method: Any
+    edges: Int[Tensor, "2"]
+    round: Int[Tensor, ""]
+    last: Int[Tensor, " N"]
+    norms: Float[Tensor, "2 N"]
+    counts: Int[Tensor, " N"]
+    clipped: Int[Tensor, " N"]
+    capped: Int[Tensor, " N"]
+
+    def voters(self) -> Bool[Tensor, " N"]:
+        """Clients whose last reply counts in a median: those of this round, and the latest before up to `VOTERS`."""
+        seen = self.last > 0
+        earliest = self.last[seen].sort(descending=True).values[:VOTERS]
+        return seen & (self.last >= earliest[-1]) if len(earliest) else seen
+
+
+@dataclass(frozen=True)
+class Guarded:
+    """A method whose server cuts what is far above the median before it hands replies on.
+
+    Attributes:
+        algorithm: One whose clients send an `Update`; other replies pass as they are.
+        defences: Where to cut.
+    """
+
+    algorithm: Algorithm[Any]
+    defences: Defences
+
+    @property
+    def trains_several(self) -> bool:
+        """As of the method."""
+        return bool(getattr(self.algorithm, "trains_several", False))
+
+    # ---------------------------------------------------------------- server
+
+    def init(self, draw: Draw, federation: Federation, seed: int) -> Watched:
+        """The method's state, nobody heard of yet."""
+        N = federation.num_clients
+        nobody = torch.zeros(N, dtype=torch.int64)
+        return Watched(
+            method=self.algorithm.init(draw, federation, seed),
+            edges=torch.tensor([federation.num_trainable, len(draw(0))]),
+            round=torch.tensor(0),
+            last=nobody,
+            norms=torch.zeros(2, N, dtype=torch.float64),
+            counts=nobody,
+            clipped=nobody,
+            capped=nobody,
+        )
+
+    def send(self, state: Watched, clients: Int[Tensor, " C"]) -> Any:
+        """The method's."""
+        return self.algorithm.send(state.method, clients)
+
+    def receive(
+        self, state: Watched, clients: Int[Tensor, " C"], update: Any, num_examples: Int[Tensor, " C"]
+    ) -> Watched:
+        """The method's step with what is believed of the replies."""
+        if not isinstance(update, Update):
+            return replace(state, method=self.algorithm.receive(state.method, clients, update, num_examples))
+        state = _noted(state, clients, update.delta, num_examples)
+        delta, clipped = self._clipped(state, clients, update.delta)
+        counts, capped = self._capped(state, num_examples)
+        return replace(
+            state,
+            method=self.algorithm.receive(state.method, clients, Update(delta), counts),
+            clipped=state.clipped.index_add(0, clients, clipped.long()),
+            capped=state.capped.index_add(0, clients, capped.long()),
+        )
+
+    def _clipped(
+        self, state: Watched, clients: Int[Tensor, " C"], delta: Float[Tensor, "C P"]
+    ) -> tuple[Float[Tensor, "C P"], Bool[Tensor, " C"]]:
+        """Updates scaled down to the limit, the trainable part and the buffers each by their own; and whose were."""
+        cut, voters = torch.zeros(len(clients), dtype=torch.bool), state.voters()
+        start = 0
+        for norms, stop in zip(state.norms, _edges(state, delta), strict=True):
+            limit = self.defences.clip * upper_median(norms[voters])
+            long = norms[clients] > limit
+            if limit > 0 and bool(long.any()):
+                delta = delta.clone() if start == 0 or not bool(cut.any()) else delta
+                scale = limit / norms[clients[long]]
+                delta[long, start:stop] = (delta[long, start:stop].double() * scale[:, None]).to(delta.dtype)
+                cut |= long
+            start = stop
+        return delta, cut
+
+    def _capped(self, state: Watched, num_examples: Int[Tensor, " C"]) -> tuple[Int[Tensor, " C"], Bool[Tensor, " C"]]:
+        """Numbers of examples cut to the limit; and whose were."""
+        limit = int(self.defences.max_count * float(upper_median(state.counts[state.voters()])))
+        large = (num_examples > limit) & (limit > 0)
+        return torch.where(large, limit, num_examples), large
+
+    def cost(self, state: Watched) -> Cost:
+        """The method's, and what is remembered of the clients."""
+        cost = self.algorithm.cost(state.method)
+        return replace(cost, server_floats=cost.server_floats + 6 * len(state.last))
+
+    def describe(self, state: Watched) -> Mapping[str, Any]:
+        """The method's facts, and how often something was cut since the start."""
+        return {
+            **self.algorithm.describe(state.method),
+            "clipped": int(state.clipped.sum()),
+            "capped": int(state.capped.sum()),
+        }
+
+    def mixing(self, state: Watched) -> Float[Tensor, "N d"] | None:
+        """The method's."""
+        return self.algorithm.mixing(state.method)
+
+    # ---------------------------------------------------------------- client
+
+    def start(self, params: Float[Tensor, " P"]) -> Any:
+        """The method's."""
+        return self.algorithm.start(params)
+
+    def train(self, down: Any, local: Any, batches: Batches, task: Task) -> tuple[Any, Any]:
+        """The method's."""
+        return self.algorithm.train(down, local, batches, task)
+
+    def personal(self, down: Any, local: Any, batches: Batches, task: Task) -> Personal:
+        """The method's."""
+        return self.algorithm.personal(down, local, batches, task)
+
+
+def _edges(state: Watched, delta: Float[Tensor, "C S"]) -> tuple[int, int]:
+    """Where the trainable part and the reply end; a method that sends a part of the vector is cut as a whole."""
+    trainable, whole = state.edges.tolist()
+    return (trainable if delta.shape[1] == whole else delta.shape[1]), delta.shape[1]
+
+
+def _noted(
+    state: Watched, clients: Int[Tensor, " C"], delta: Float[Tensor, "C S"], num_examples: Int[Tensor, " C"]
+) -> Watched:
+    """The state that knows of this round's replies."""
+    middle, _ = _edges(state, delta)
+    number, norms = state.round + 1, state.norms.clone()
+    norms[:, clients] = torch.stack([squared_norms(delta[:, :middle]), squared_norms(delta[:, middle:])]).sqrt()
+    return replace(
+        state,
+        round=number,
+        last=state.last.index_fill(0, clients, int(number)),
+        norms=norms,
+        counts=state.counts.index_put((clients,), num_examples),
+    )
+
+
+def upper_median(values: Tensor) -> Tensor:
+    """The middle value, the larger of two: never above all of a majority of the values, and never below them.
+
+    >>> upper_median(torch.tensor([1.0, 2.0, 9.0])), upper_median(torch.tensor([1.0, 9.0]))
+    (tensor(2.), tensor(9.))
+    """
+    return values.sort().values[len(values) // 2]
+
+
+def guarded(method: Algorithm[Any], defences: Defences) -> Algorithm[Any]:
+    """The method behind these defences; the method itself if they are off or do not fit its clients' replies.
+
+    They fit replies that are an `Update`. Methods whose clients send something else (ifca, fedem, fedsoft, feddbe and
+    scaffold, of those registered) are not guarded: what may be cut there is another question for each.
+    """
+    off = defences.clip == 0 and defences.max_count == 0
+    return method if off or not _sends_update(method) else Guarded(method, defences)
+
+
+def _sends_update(method: Algorithm[Any]) -> bool:
+    """Whether the method's `train` says that it gives an `Update`, or does not say what it gives."""
+    while hasattr(method, "algorithm"):  # a method may be wrapped in a merging space
+        method = method.algorithm
+    parts = typing.get_args(typing.get_type_hints(type(method).train).get("return"))
+    return not parts or parts[0] in (Update, Any)

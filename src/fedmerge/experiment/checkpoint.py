@@ -1,0 +1,288 @@
+"""What a run needs to go on after its process has died: durable before a round is announced, checked before it is used.
+
+A run folder holds, while the run goes on::
+
+    checkpoint-a, checkpoint-b     the state after the latest two checkpoints, in turn
+    checkpoint-best-<round>        the state at the round that validation has selected so far
+
+Each is written to a file beside it, flushed to the disk, renamed, and the folder flushed: at any moment a whole one is
+there. A file is a line that names its kind, the length of a manifest (8 bytes), the manifest (JSON), the SHA-256 of
+all that, and the tensors (safetensors), whose SHA-256 the manifest holds. Randomness has no state
+(`core/randomness.py`), so the number of the round is all there is to say of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from safetensors.torch import save
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from fedmerge.core.errors import FedmergeError, UsageError
+from fedmerge.core.files import write_atomically
+from fedmerge.core.options import build_options
+from fedmerge.core.protocol import state_tensors, with_tensors
+from fedmerge.core.strict_json import parse_json_table
+from fedmerge.core.tensor_files import read_tensors
+from fedmerge.experiment.simulation import Progress
+
+MAGIC = b"fedmerge checkpoint 1\n"
+SLOTS = ("checkpoint-a", "checkpoint-b")
+_BEST = "checkpoint-best-"
+_LENGTH, _DIGEST = 8, 32
+MOST_MANIFEST = 1 << 16
+"""Bytes."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint says beside its tensors.
+
+    Attributes:
+        round: Completed rounds.
+        request: Digest of what was asked for, see `digest_of_request`.
+        data: Digest of the clients' data.
+        tensors: Digest of the tensors that follow.
+        lines: Length in bytes of ``rounds.jsonl`` after that round.
+        records: Digest of these bytes.
+        selected: The round that validation has selected so far; −1 for none.
+        best: Digest of the tensors at that round.
+        seconds: Wall time of the run so far.
+    """
+
+    round: int
+    request: str
+    data: str
+    tensors: str
+    lines: int
+    records: str
+    selected: int
+    best: str
+    seconds: float
+
+    def fault(self) -> str | None:
+        """Why it cannot be one; None if it can."""
+        digests = (self.request, self.data, self.tensors, self.records)
+        if not all(_is_digest(text) for text in digests) or not (self.best == "" or _is_digest(self.best)):
+            return "a digest is not 64 hexadecimal digits"
+        if not (0 <= self.round < 1 << 40 and 0 <= self.lines < 1 << 60 and -1 <= self.selected <= self.round):
+            return "a number is out of range"
+        if (self.selected >= 0) != (self.best != ""):
+            return "a selected round and the digest of its tensors are there only together"
+        return None if self.seconds >= 0 else "seconds are negative"
+
+
+def _is_digest(text: str) -> bool:
+    return len(text) == 64 and all(letter in "0123456789abcdef" for letter in text)
+
+
+# ---------------------------------------------------------------- tensors
+
+
+def progress_tensors(progress: Progress) -> dict[str, Tensor]:
+    """All that changes in a run: ``server.*``, what clients keep as ``client.<i>.<k>``, and ``buffers.<i>``."""
+    tensors = {f"server.{name}": tensor for name, tensor in state_tensors(progress.state).items()}
+    for i, (private, buffers) in enumerate(zip(progress.fleet.private, progress.fleet.buffers, strict=True)):
+        tensors.update({f"client.{i}.{k}": leaf for k, leaf in enumerate(tree_leaves(private))})
+        if progress.fleet.policy == "local" and len(buffers):
+            tensors[f"buffers.{i}"] = buffers
+    return tensors
+
+
+def own_tensors(progress: Progress) -> dict[str, Tensor]:
+    """The same, each in memory of its own, as files need them."""
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in progress_tensors(progress).items()}
+
+
+def tensor_bytes(progress: Progress) -> bytes:
+    """The same as a safetensors file; equal states give equal bytes."""
+    return save(own_tensors(progress))
+
+
+def restored(start: Progress, tensors: Mapping[str, Tensor], round_number: int) -> Progress:
+    """The progress that these tensors describe.
+
+    Args:
+        start: Of the same run before its first round: says what there must be.
+        tensors: From `progress_tensors`.
+        round_number: Completed rounds.
+
+    Raises:
+        FedmergeError: if a tensor is missing, superfluous, or of another dtype or rank.
+    """
+    expected = progress_tensors(start)
+    if expected.keys() != tensors.keys():
+        odd = sorted(expected.keys() ^ tensors.keys())
+        raise FedmergeError(f"it has not the tensors of this run: {', '.join(odd[:5])}{' ...' if odd[5:] else ''}")
+    for name, tensor in tensors.items():
+        if tensor.dtype != expected[name].dtype or tensor.dim() != expected[name].dim():
+            form = f"{tensor.dtype} with {tensor.dim()} axes"
+            raise FedmergeError(f"{name} is {form}; expected {expected[name].dtype} with {expected[name].dim()}")
+    server = {name.removeprefix("server."): t for name, t in tensors.items() if name.startswith("server.")}
+    private, buffers = [], []
+    for i, (own, kept) in enumerate(zip(start.fleet.private, start.fleet.buffers, strict=True)):
+        leaves, spec = tree_flatten(own)
+        private.append(tree_unflatten([tensors[f"client.{i}.{k}"] for k in range(len(leaves))], spec))
+        buffers.append(tensors.get(f"buffers.{i}", kept))
+    try:
+        state = with_tensors(start.state, server)
+    except ValueError as error:
+        raise FedmergeError(f"its tensors contradict each other: {error}") from error
+    fleet = replace(start.fleet, private=tuple(private), buffers=tuple(buffers))
+    return Progress(state, fleet, round_number)
+
+
+# ---------------------------------------------------------------- files
+
+
+def packed(manifest: Manifest, tensors: bytes) -> bytes:
+    """A checkpoint as the content of a file."""
+    text = json.dumps(asdict(manifest)).encode()
+    head = MAGIC + len(text).to_bytes(_LENGTH, "little") + text
+    return head + hashlib.sha256(head).digest() + tensors
+
+
+def unpacked(content: bytes) -> tuple[Manifest, bytes]:
+    """Manifest and tensors of a checkpoint, both whole.
+
+    Raises:
+        FedmergeError: saying what is wrong with it.
+    """
+    start = len(MAGIC) + _LENGTH
+    if not content.startswith(MAGIC):
+        raise FedmergeError(f"it does not begin with {MAGIC.decode().strip()!r}")
+    length = int.from_bytes(content[len(MAGIC) : start], "little")
+    if length > MOST_MANIFEST or len(content) < start + length + _DIGEST:
+        raise FedmergeError("it is cut off, or the length of its manifest is wrong")
+    stop = start + length
+    if hashlib.sha256(content[:stop]).digest() != content[stop : stop + _DIGEST]:
+        raise FedmergeError("the digest of its manifest does not fit")
+    manifest, tensors = _manifest_of(content[start:stop]), content[stop + _DIGEST :]
+    if digest(tensors) != manifest.tensors:
+        raise FedmergeError("the digest of its tensors does not fit")
+    return manifest, tensors
+
+
+def _manifest_of(text: bytes) -> Manifest:
+    faults: list[str] = []
+    try:
+        manifest = build_options(Manifest, parse_json_table(text), "manifest", faults)
+    except ValueError as error:
+        raise FedmergeError(f"its manifest is no JSON: {error}") from error
+    if manifest is None:
+        raise FedmergeError("; ".join(faults))
+    fault = manifest.fault()
+    if fault is not None:
+        raise FedmergeError(f"its manifest is wrong: {fault}")
+    return manifest
+
+
+def digest(content: bytes) -> str:
+    """SHA-256 in hexadecimal digits."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def write_slot(folder: Path, slot: int, manifest: Manifest, tensors: bytes) -> None:
+    """Writes a checkpoint over the older one of the two."""
+    write_atomically(folder / SLOTS[slot], packed(manifest, tensors), private=True)
+
+
+def best_path(folder: Path, round_number: int) -> Path:
+    """File of the state at a selected round."""
+    return folder / f"{_BEST}{round_number}"
+
+
+def write_best(folder: Path, round_number: int, tensors: bytes) -> None:
+    """Writes the state at the round that is selected from now on."""
+    write_atomically(best_path(folder, round_number), tensors, private=True)
+
+
+def prune(folder: Path, keep: set[int]) -> None:
+    """Removes the states of selected rounds that no checkpoint refers to."""
+    for path in folder.glob(f"{_BEST}*"):
+        if path.name.removeprefix(_BEST) not in {str(number) for number in keep}:
+            path.unlink(missing_ok=True)
+
+
+def remove_all(folder: Path) -> None:
+    """Removes every checkpoint of a run that needs none any more."""
+    prune(folder, set())
+    for slot in SLOTS:
+        (folder / slot).unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint that can be used.
+
+    Attributes:
+        slot: Index of its slot.
+        manifest: Beside the tensors.
+        last: The state after its round.
+        selected: The state at the round that is selected so far.
+    """
+
+    slot: int
+    manifest: Manifest
+    last: Progress
+    selected: Progress
+
+
+def latest(folder: Path, start: Progress, *, request: str, data: str) -> tuple[Found | None, list[str]]:
+    """The latest checkpoint of a folder that is whole, and what is wrong with the other.
+
+    Args:
+        folder: Of the run.
+        start: Of the same run before its first round.
+        request: Digest of what is asked for now.
+        data: Digest of the data that are there now.
+
+    Raises:
+        UsageError: if a checkpoint belongs to another configuration or to other data.
+    """
+    found, faults = [], []
+    for number, slot in enumerate(SLOTS):
+        path = folder / slot
+        if not path.exists():
+            continue
+        try:
+            found.append(_read(number, path, start, request=request, data=data))
+        except (FedmergeError, OSError) as error:
+            if isinstance(error, UsageError):
+                raise
+            faults.append(f"{path}: {error}")
+    return max(found, key=lambda one: one.manifest.round, default=None), faults
+
+
+def _read(slot: int, path: Path, start: Progress, *, request: str, data: str) -> Found:
+    manifest, tensors = unpacked(path.read_bytes())
+    if manifest.request != request:
+        raise UsageError(
+            f"{path} was made with another configuration than is asked for now; resume with the same method, network, "
+            "training and run options, or make a new run"
+        )
+    if manifest.data != data:
+        raise UsageError(f"{path} was made on other data than are there now; bring the same data, or make a new run")
+    _check_records(path.with_name("rounds.jsonl"), manifest)
+    last = restored(start, read_tensors(tensors, name=str(path)), manifest.round)
+    if manifest.selected == manifest.round:
+        return Found(slot, manifest, last, last)
+    if manifest.selected < 0:
+        return Found(slot, manifest, last, start)
+    best = best_path(path.parent, manifest.selected)
+    content = best.read_bytes()
+    if digest(content) != manifest.best:
+        raise FedmergeError(f"{best.name} does not have the digest that it should have")
+    return Found(slot, manifest, last, restored(start, read_tensors(content, name=str(best)), manifest.selected))
+
+
+def _check_records(path: Path, manifest: Manifest) -> None:
+    """The lines of the rounds so far must be those that the checkpoint saw."""
+    with path.open("rb") as file:
+        if digest(file.read(manifest.lines)) != manifest.records:
+            raise FedmergeError(f"{path.name} does not begin with the rounds that it saw")

@@ -1,0 +1,76 @@
+"""One process per run folder: a lock that the system takes back when its holder dies."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fedmerge.core.errors import UsageError
+
+if sys.platform != "win32":  # which has no such locks: two processes are not kept apart there
+    import fcntl
+
+NAME = ".lock"
+_MOST_DIGITS = 20
+
+
+@contextmanager
+def run_lock(folder: Path) -> Iterator[None]:
+    """Holds a folder for this process; within the block no other process can.
+
+    Args:
+        folder: Must exist.
+
+    Raises:
+        UsageError: if another process holds it; names that process.
+        OSError: if the folder cannot be written.
+    """
+    descriptor = _taken(folder / NAME)
+    try:
+        yield
+    finally:
+        (folder / NAME).unlink(missing_ok=True)  # while it is held: whoever waits for it sees that it is gone
+        os.close(descriptor)
+
+
+def _taken(path: Path) -> int:
+    """A descriptor that holds the lock; the file at `path` is the one that is locked."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            _lock(descriptor, path)
+            if _is_at(descriptor, path):
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # its last holder removed it in the meantime
+
+
+def _lock(descriptor: int, path: Path) -> None:
+    if sys.platform == "win32":
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UsageError(
+            f"{path.parent} is in use by process {_holder(descriptor)}; wait for it or end it, or choose another folder"
+        ) from error
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether the open file is still the one of that name."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _holder(descriptor: int) -> str:
+    words = os.pread(descriptor, _MOST_DIGITS, 0).split()
+    return words[0].decode("ascii", "replace") if words and words[0].isdigit() else "(unknown)"
