@@ -88,7 +88,7 @@ def readings(method: dict[str, Any], size: int, seed: int, count: int) -> list[R
 
 
 def _models(setup: Any, progress: Any) -> Tensor:
-    return torch.stack(list(models_now(setup, progress))).double()
+    return torch.stack([model for model in models_now(setup, progress) if isinstance(model, Tensor)]).double()
 
 
 def _read(seen: Tensor, updates: Tensor, weights: Tensor, examples: Tensor) -> list[Reading]:
