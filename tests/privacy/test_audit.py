@@ -47,7 +47,7 @@ def test_a_client_may_be_told_by_its_absence():
     rng = np.random.default_rng(4)
     inside = rng.random(4000)
     outside = np.where(rng.random(4000) < 0.5, -1.0, inside)
-    assert lower_bound(inside, outside, **SURE) > np.log(0.45 / (8 / 2000))
+    assert lower_bound(inside, outside, **SURE) > 3  # log(.47/.02): thresholds are a hundredth of the runs apart
 
 
 def test_a_shift_of_one_clip_is_the_claim():
@@ -79,7 +79,7 @@ def runs_of(world, scorer, count):
 
 
 def test_attacks_stay_within_the_claim():
-    world = World("alone", DpFedMerge(num_models=3, sampling_rate=0.5), rows="alone")
+    world = World("alone", DpFedMerge(num_models=3, sampling_rate=0.5), rows="alone", rounds=1)
     assert lower_bound(*runs_of(world, score, 100), **SURE) <= epsilon(1.0, 0.5, world.rounds, DELTA)
 
 

@@ -17,6 +17,7 @@ from fedmerge.data import ClientData, Examples, FederatedData
 from fedmerge.runtime import Engine, Sequential, Vectorised
 from fedmerge.training import Descent, LocalTraining, draw_batches
 from fedmerge.training.objective import CLASSES, TOKENS, Objective, classes_of_tasks
+from fedmerge.training.private import refuse_unfit
 from fedmerge.training.task import has_dropout, is_batch_coupled
 
 log = logging.getLogger(__name__)
@@ -104,6 +105,28 @@ def choose_engine(runtime: Runtime, module: nn.Module, layout: Layout, descent: 
         )
     log.info("%s runs sequentially, because vectorised %s", type(module).__name__, fault)
     return sequential
+
+
+def runtime_for(training: LocalTraining, runtime: Runtime, module: nn.Module, layout: Layout) -> Runtime:
+    """The runtime that was asked for; the sequential one for training that protects each example.
+
+    Args:
+        training: What a client does in a round.
+        runtime: What was asked for.
+        module: The network.
+        layout: Of the module.
+
+    Raises:
+        UsageError: if examples are to be protected in the vectorised runtime, or in a network that does not allow it.
+    """
+    if training.dp_clip is None:
+        return runtime
+    if runtime == "vectorised":
+        raise UsageError(
+            "training.dp_clip: runtime 'vectorised' has no gradients of single examples; use runtime 'sequential'"
+        )
+    refuse_unfit(module, layout)
+    return "sequential"
 
 
 def objective_of(data: FederatedData) -> Objective:

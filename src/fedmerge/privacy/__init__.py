@@ -2,6 +2,7 @@
 
 from fedmerge.privacy.accounting import epsilon, noise_for
 from fedmerge.privacy.conditions import Facts, faults, refuse
+from fedmerge.privacy.examples import example_epsilon, example_epsilons
 from fedmerge.privacy.forecast import PrivacyForecast, forecast, forecast_text, refuse_hopeless
 from fedmerge.privacy.release import releasable_round, releasable_run, releasable_state, what_must_stay
 
@@ -9,6 +10,8 @@ __all__ = [
     "Facts",
     "PrivacyForecast",
     "epsilon",
+    "example_epsilon",
+    "example_epsilons",
     "faults",
     "forecast",
     "forecast_text",

@@ -7,6 +7,7 @@ much cheaper for small networks, equal to rounding error in float64 (tested for 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -18,6 +19,7 @@ from fedmerge.core.errors import UsageError
 from fedmerge.core.protocol import Batch, Batches, stack, take
 from fedmerge.core.vector import Layout
 from fedmerge.training.objective import CLASSES, Objective
+from fedmerge.training.private import ExampleGradients, protected_task, refuse_protected
 from fedmerge.training.sgd import Descent
 from fedmerge.training.task import (
     FunctionalTask,
@@ -66,12 +68,13 @@ class Sequential:
     def __init__(self, module: nn.Module, layout: Layout, descent: Descent, *, objective: Objective = CLASSES) -> None:
         self._task = ModuleTask(module, layout, descent, objective=objective)
         self._twin = self._task
+        self._of_examples = cache(lambda: ExampleGradients(module, layout, objective))  # made if one asks for it
         if is_batch_coupled(module):
             self._twin = ModuleTask(measuring_twin(module), layout, descent, objective=objective)
 
     def map(self, function: ClientFunction, clients: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """Calls `function` client by client."""
-        return [function(self._task, *arguments) for arguments in clients]
+        """Calls `function` client by client; the task of a client whose examples are protected is a `PrivateTask`."""
+        return [function(protected_task(self._task, self._of_examples, arguments), *arguments) for arguments in clients]
 
     def measured_buffers(self, clients: Sequence[tuple[Tensor, Batches]]) -> list[Tensor]:
         """Statistics of each client's own batches."""
@@ -118,6 +121,7 @@ class Vectorised:
 
     def map(self, function: ClientFunction, clients: Sequence[tuple[Any, ...]]) -> list[Any]:
         """Maps `function` over chunks of clients."""
+        refuse_protected(clients)
         results: list[Any] = [None] * len(clients)
         for chunk in self._chunks(clients):
             stacked = _stacked([clients[i] for i in chunk])

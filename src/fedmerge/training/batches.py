@@ -15,6 +15,7 @@ from fedmerge.core.options import check_options, option
 from fedmerge.core.protocol import Batch, Batches
 from fedmerge.core.randomness import generator
 from fedmerge.data.federated import Examples
+from fedmerge.training.private import PrivateBatches, Protection
 from fedmerge.training.sgd import Descent, Optimizer
 
 
@@ -34,6 +35,12 @@ class LocalTraining:
     schedule: Literal["constant", "cosine", "step"] = option("constant", help="learning rate over the rounds")
     decay_every: int = option(50, at_least=1, help="rounds between two drops of the step schedule")
     decay_factor: float = option(0.5, above=0, at_most=1, help="factor of one drop of the step schedule")
+    dp_clip: float | None = option(
+        None, above=0, help="protects each example: largest length of its gradient (DP-SGD, sequential runtime)"
+    )
+    dp_noise: float | None = option(
+        None, at_least=0, help="noise of dp_noise * dp_clip on the sum of a step's gradients; batch_size is expected"
+    )
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -41,6 +48,8 @@ class LocalTraining:
             raise UsageError("LocalTraining.steps: got both steps and epochs; give one of them")
         if self.optimizer == "adamw" and self.momentum:
             raise UsageError("LocalTraining.momentum: got one for adamw, which has its own; leave it out")
+        if (self.dp_clip is None) != (self.dp_noise is None):
+            raise UsageError("LocalTraining.dp_clip: got one of dp_clip and dp_noise; give both or none")
 
     def descent(self) -> Descent:
         """The optimiser's constants."""
@@ -48,9 +57,19 @@ class LocalTraining:
 
     def passes(self, num_examples: int) -> int:
         """Training examples one client goes through in a round."""
+        if self.dp_clip is not None:
+            return self.private_steps(num_examples) * self.expected(num_examples)
         if self.steps is None:
             return self.epochs * num_examples
         return sum(len(index) for index in _order(num_examples, self, np.random.default_rng(0)))
+
+    def expected(self, num_examples: int) -> int:
+        """Expected examples of a protected step: the batch size, or all there are."""
+        return min(self.batch_size, num_examples)
+
+    def private_steps(self, num_examples: int) -> int:
+        """Protected steps of a round."""
+        return self.epochs * math.ceil(num_examples / self.batch_size) if self.steps is None else self.steps
 
 
 def rate_of_round(training: LocalTraining, round_number: int, rounds: int) -> float:
@@ -88,6 +107,20 @@ def _cut(examples: Examples, sizes: list[int], lr: float) -> Batches:
     return tuple(Batch(x, y, weight, rate) for x, y, weight in zip(inputs, targets, weights, strict=True))
 
 
+def _sampled(num_examples: int, training: LocalTraining, rng: np.random.Generator) -> list[NDArray[np.int64]]:
+    """Indices of each protected step: every example by itself with probability expected/n; a step may be empty."""
+    rate = training.expected(num_examples) / num_examples
+    return [np.flatnonzero(rng.random(num_examples) < rate) for _ in range(training.private_steps(num_examples))]
+
+
+def _chosen(examples: Examples, index: NDArray[np.int64], expected: int, lr: float) -> Batch:
+    """These examples, each with weight 1/expected however many there are."""
+    dtype = examples.inputs.dtype if examples.inputs.is_floating_point() else torch.get_default_dtype()
+    where, device = torch.from_numpy(index).to(examples.targets.device), examples.inputs.device
+    weight = torch.full((len(index),), 1 / expected, dtype=dtype, device=device)
+    return Batch(examples.inputs[where], examples.targets[where], weight, torch.tensor(lr, dtype=dtype, device=device))
+
+
 def draw_batches(
     examples: Examples, training: LocalTraining, *, lr: float, seed: int, round_number: int, client: int
 ) -> Batches:
@@ -95,13 +128,18 @@ def draw_batches(
 
     Args:
         examples: The client's training examples, n >= 1.
-        training: Batch size and number of epochs or steps.
+        training: Batch size and number of epochs or steps; with `dp_clip` the steps are protected ones.
         lr: Learning rate of this round.
         seed: The run's seed.
         round_number: Counted from 1.
         client: Its index.
     """
     rng = generator(seed, "batches", round_number, client)
+    if training.dp_clip is not None and training.dp_noise is not None:
+        expected = training.expected(len(examples.targets))
+        protection = Protection(training.dp_clip, training.dp_noise, expected, seed, round_number, client)
+        steps = _sampled(len(examples.targets), training, rng)
+        return PrivateBatches(tuple(_chosen(examples, step, expected, lr) for step in steps), protection)
     steps = _order(len(examples.targets), training, rng)
     index = torch.from_numpy(np.concatenate(steps)).to(examples.targets.device)
     drawn = Examples(examples.inputs[index], examples.targets[index])
