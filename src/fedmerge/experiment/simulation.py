@@ -35,7 +35,7 @@ from fedmerge.experiment.federation import (
 )
 from fedmerge.experiment.participation import Presence, Turnout, presence_of, turnout
 from fedmerge.experiment.record import RoundRecord, Scores
-from fedmerge.experiment.trial import check_module, choose_engine
+from fedmerge.experiment.trial import check_module, choose_engine, runtime_for
 from fedmerge.runtime import (
     Engine,
     Fleet,
@@ -128,7 +128,8 @@ def prepare(
     check_module(module, data, training)
     splits = ((client.train, client.validation, client.test) for client in data.clients)
     remember(module, torch.cat([examples.inputs for three in splits for examples in three]))
-    engine = choose_engine(options.runtime, module, layout, training.descent(), data)
+    runtime = runtime_for(training, options.runtime, module, layout)
+    engine = choose_engine(runtime, module, layout, training.descent(), data)
     facts = federation_facts(data, layout)
     draw = drawer(model, data, options.seed, layout, dtype)
     spaced = in_space(algorithm, travelling(layout, options.keep), options.merging)
