@@ -15,7 +15,8 @@ from fedmerge.core.private import number_of
 from fedmerge.core.protocol import Update, deliver, state_tensors
 from fedmerge.core.soup import Soup, mixing
 from fedmerge.core.sums import along
-from fedmerge.runtime import Vectorised
+from fedmerge.runtime import Meeting, Vectorised, run_round
+from fedmerge.runtime.rounds import everyone
 from small_federation import small
 
 FEDERATION = small()
@@ -96,6 +97,27 @@ def test_a_round_without_replies_releases_noise_as_any_other():
     assert torch.equal(silent.soup.models, zero.soup.models)
     assert torch.equal(silent.soup.logits, state.soup.logits)
     assert not torch.equal(silent.soup.models, state.soup.models)
+
+
+@pytest.mark.parametrize(("method", "silent"), [(DpFedMerge(), True), (FedAvg(), False)], ids=["private", "fedavg"])
+def test_a_round_of_nobody_is_abandoned_unless_that_would_tell(method, silent):
+    (state, fleet), nobody = FEDERATION.begin(method), torch.zeros(0, dtype=torch.int64)
+    for meeting in (everyone(nobody), Meeting(EVERYONE, nobody)):
+        found = run_round(method, state, fleet, meeting, [], EQUAL[:0], FEDERATION.engine())
+        assert found.abandoned is not silent
+        same = {name: torch.equal(t, state_tensors(state)[name]) for name, t in state_tensors(found.state).items()}
+        assert all(same.values()) is not silent
+    needed = replace(meeting, quorum=2)
+    assert run_round(method, state, fleet, needed, [], EQUAL[:0], FEDERATION.engine()).abandoned
+
+
+def test_a_round_whose_replies_are_all_refused_releases_noise():
+    state, fleet = FEDERATION.begin(DpFedMerge())
+    late = Meeting(EVERYONE, EVERYONE, late=frozenset(range(N)))
+    batches = FEDERATION.batches(list(range(N)), 1)
+    found = run_round(DpFedMerge(), state, fleet, late, batches, FEDERATION.counts, FEDERATION.engine())
+    assert torch.equal(found.state.soup.models, DpFedMerge().silence(state).soup.models)
+    assert not found.abandoned
 
 
 def test_each_row_moves_by_its_own_reply_and_the_models_before_the_round():

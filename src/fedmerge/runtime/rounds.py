@@ -153,7 +153,7 @@ def run_round(
         ],
     )
     if not trained:
-        return RoundResult(state, fleet, bytes_down, 0, abandoned=True)
+        return _without_replies(algorithm, RoundResult(state, fleet, bytes_down, 0), meeting.quorum)
     template = template_of(trained[0][0])  # made here, by the method's own code, and not by whoever may have changed it
     replies = [
         Reply(meeting.run, meeting.number, i, count, named_tensors(update))
@@ -185,7 +185,9 @@ def _closed(
     quorum: int,
 ) -> RoundResult:
     """The round with what was admitted taken in; abandoned, with nothing changed, below the quorum."""
-    if len(admitted) < max(1, quorum):
+    if not admitted:
+        return _without_replies(algorithm, result, quorum)
+    if len(admitted) < quorum:
         return replace(result, abandoned=True)
     clients = torch.tensor(result.admitted)
     counts = torch.tensor([reply.num_examples for reply in admitted])
@@ -194,6 +196,17 @@ def _closed(
     for i in result.admitted:
         private[i], buffers[i] = kept[i]
     return replace(result, state=after, fleet=replace(result.fleet, private=tuple(private), buffers=tuple(buffers)))
+
+
+def _without_replies(algorithm: Algorithm[Any], result: RoundResult, quorum: int) -> RoundResult:
+    """A round that nobody answered: abandoned, unless the method says what becomes of it (``silence(state)``).
+
+    A private method does, because that nobody took part must not show. A quorum of 1 is none.
+    """
+    silence = getattr(algorithm, "silence", None)
+    if silence is None or quorum > 1:
+        return replace(result, abandoned=True)
+    return replace(result, state=silence(result.state))
 
 
 def refuse_divergence(refusals: Sequence[Refusal], expected: int) -> None:
