@@ -15,7 +15,7 @@ from fedmerge.algorithms import _fedmerge_options, _parts
 from fedmerge.algorithms._registry import algorithm
 from fedmerge.core import mixing as rules
 from fedmerge.core import structure
-from fedmerge.core.bounds import within_reach
+from fedmerge.core.bounds import kept_together
 from fedmerge.core.errors import UsageError
 from fedmerge.core.options import check_options, option
 from fedmerge.core.protocol import Batches, Cost, Draw, Federation, Task, Update
@@ -102,7 +102,9 @@ class FedMerge:
     floor: float = option(3.0, above=1, help="relative merge cost that counts as a real group")
     max_models: int = option(15, at_least=2, help="largest d that the search considers")
     max_gap: float | None = option(
-        None, at_least=0, help="distance of a model from the others, times the models' median; 0: any (2, official 0)"
+        None,
+        at_least=0,
+        help="distance of a model from the others that holds it back, times the models' median; 0: any (2, official 0)",
     )
     max_share: float = option(1.0, above=0, at_most=1, help="largest share of one client in one model's step")
     max_logit: float | None = option(None, above=0, help="largest size of a logit (mirror: mixing_lr / decay anyway)")
@@ -200,18 +202,13 @@ class FedMerge:
         )
         after = replace(
             state,
-            soup=Soup(self._within_reach(moved, mixing(logits).mean(dim=(0, 1))), logits),
+            soup=Soup(*kept_together(moved.models, logits, state.velocity.shape[1], factor=self.max_gap or 0.0)),
             velocity=moved.velocity,
             moments=moments,
             seen=state.seen.index_add(0, clients, torch.ones_like(clients)),
             rounds=state.rounds + 1,
         )
         return self._searched(after, clients, update.delta, num_examples) if bool(state.searching) else after
-
-    def _within_reach(self, moved: _parts.Models, use: Float[Tensor, " d"]) -> Float[Tensor, "d P"]:
-        T = moved.velocity.shape[1]
-        near = within_reach(moved.models[:, :T], use, factor=self.max_gap or 0.0)
-        return torch.cat([near, moved.models[:, T:]], dim=1)
 
     def _model_step(
         self,

@@ -1,17 +1,22 @@
-"""How much one client may move, and how far models may come apart: bounds that cost nothing among honest clients.
+"""How far apart the models of a soup may come: a bound that honest clients do not feel.
 
 A client that lies is soon alone in a model of its own, which then runs away from the others. Every client holds a
 little of it, and the step of every row is ruled by it: that is how a few liars harm all. So a model that is much
-further from the others than models are from each other is brought back.
+further from the others than models are from each other is held back, and whoever does not favour it leaves it.
 """
 
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from fedmerge.core.sums import centred, inner_products, squared_norms
+
+LEAVE = 0.2
+"""What a row takes off its logit for a remote model in a round: a step of the mirror rule."""
+GONE = 10.0
+"""Where rows stop: e⁻¹⁰ is 1/22,000 of a weight, and the mirror rule goes no further either."""
 
 
 def weighted_median(values: Float[Tensor, "*rows n"], weights: Float[Tensor, "*rows n"]) -> Float[Tensor, "*rows"]:
@@ -48,26 +53,41 @@ def gaps(models: Float[Tensor, "d P"], use: Float[Tensor, " d"]) -> tuple[Float[
     return typical, weighted_median(typical, use)
 
 
-def within_reach(models: Float[Tensor, "d P"], use: Float[Tensor, " d"], *, factor: float) -> Float[Tensor, "d P"]:
-    """The models, each that is more than `factor` times further from the others than models are brought back.
+def kept_together(
+    models: Float[Tensor, "d P"], logits: Float[Tensor, "G N d"], num_trainable: int, *, factor: float
+) -> tuple[Float[Tensor, "d P"], Float[Tensor, "G N d"]]:
+    """Models and rows after each model more than `factor` times further from the others than models are is held back.
 
-    It is moved towards the mean of the others, weighted by their use, until it is `factor` times the gap of models away
-    from it. Where no model is that far nothing changes, to the last bit; nor does it for fewer than 3 models, of which
-    none can be said to be the remote one.
+    The trained part of a remote model is moved towards the mean of the others, weighted by use, until it is `factor`
+    times the gap of models away from it; and every row that favours another model takes `LEAVE` off its logit for the
+    remote one, down to −`GONE`. So a model that only liars favour is soon theirs alone, and an honest group that is
+    remote keeps its model. Nothing changes, to the last bit, where no model is that far, nor for fewer than 3 models,
+    of which none can be said to be the remote one.
 
     Args:
-        models: Θ, or the part of it that is trained.
-        use: Mean over the clients of the weight that they give each model.
+        models: Θ.
+        logits: W.
+        num_trainable: T; the buffers behind it stay.
         factor: 0 switches it off.
     """
     if factor == 0 or len(models) < 3:
-        return models
-    typical, middle = gaps(models, use)
-    far = typical > factor * middle
-    if middle == 0 or not bool(far.any()):
-        return models
-    near = torch.where(far, 0.0, use)
-    centre = (near / near.sum()) @ models.double()
-    apart = models[far].double() - centre
+        return models, logits
+    use, trained = torch.softmax(logits, dim=-1).mean(dim=(0, 1)), models[:, :num_trainable]
+    typical, middle = gaps(trained, use)
+    remote = typical > factor * middle
+    if middle == 0 or not bool(remote.any()):
+        return models, logits
+    near = torch.where(remote, 0.0, use)
+    centre = (near / near.sum()) @ trained.double()
+    apart = trained[remote].double() - centre
     shrink = (factor * middle / squared_norms(apart).sqrt()).clamp_max(1.0)
-    return models.index_put((far,), (centre + shrink[:, None] * apart).to(models.dtype))
+    models = models.clone()
+    models[remote, :num_trainable] = (centre + shrink[:, None] * apart).to(models.dtype)
+    return models, _left(logits, remote)
+
+
+def _left(logits: Float[Tensor, "G N d"], remote: Bool[Tensor, " d"]) -> Float[Tensor, "G N d"]:
+    """Rows a step further from remote models; each keeps its favourite."""
+    favourite = logits.argmax(dim=-1, keepdim=True)
+    leaves = (remote & (logits > -GONE)).scatter(-1, favourite, torch.zeros_like(favourite, dtype=torch.bool))
+    return torch.where(leaves, logits - LEAVE, logits)

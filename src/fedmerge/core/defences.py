@@ -1,15 +1,16 @@
-"""What a server believes of a reply, whatever the method: lengths and numbers of examples far above the others' are cut.
+"""What a server believes of a reply: lengths and numbers of examples far above those of others are cut.
 
-One client must not outweigh the rest by sending a long update or by claiming many examples. Both are held against the
-median of what clients sent lately, one vote each, so that fewer than half of them cannot move it. An update or a number
-within the limit passes as it is, bit for bit: where nothing is cut, a guarded run is an unguarded one.
+One client must not outweigh the rest by sending a long update or by claiming many examples, nor by a little of both.
+Each is held against the median of what clients sent lately, one vote each, so that fewer than half of them cannot move
+it beyond what honest ones send. What is within the limit passes as it is, bit for bit: where nothing is cut, a guarded
+run is an unguarded one.
 """
 
 from __future__ import annotations
 
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -28,7 +29,11 @@ VOTERS = 25
 
 @dataclass(frozen=True)
 class Defences:
-    """How much longer an update, and how much larger a number of examples, may be than those of most clients."""
+    """How much longer an update, and how much larger a number of examples, may be than those of most clients.
+
+    A client that claims more examples than the median may send so much less: with both defences on, the length of its
+    update times what it counts stays below `clip` times the medians of the two.
+    """
 
     clip: float = option(3.0, at_least=0, help="longest update that is believed, times the clients' median; 0: any")
     max_count: float = option(
@@ -62,7 +67,7 @@ class Watched:
     """
 
     method: Any
-    edges: Int[Tensor, "2"]
+    edges: Int[Tensor, " 2"]
     round: Int[Tensor, ""]
     last: Int[Tensor, " N"]
     norms: Float[Tensor, "2 N"]
@@ -122,8 +127,8 @@ class Guarded:
         if not isinstance(update, Update):
             return replace(state, method=self.algorithm.receive(state.method, clients, update, num_examples))
         state = _noted(state, clients, update.delta, num_examples)
-        delta, clipped = self._clipped(state, clients, update.delta)
         counts, capped = self._capped(state, num_examples)
+        delta, clipped = self._clipped(state, clients, update.delta, self._reach(state, counts))
         return replace(
             state,
             method=self.algorithm.receive(state.method, clients, Update(delta), counts),
@@ -131,28 +136,33 @@ class Guarded:
             capped=state.capped.index_add(0, clients, capped.long()),
         )
 
-    def _clipped(
-        self, state: Watched, clients: Int[Tensor, " C"], delta: Float[Tensor, "C P"]
-    ) -> tuple[Float[Tensor, "C P"], Bool[Tensor, " C"]]:
-        """Updates scaled down to the limit, the trainable part and the buffers each by their own; and whose were."""
-        cut, voters = torch.zeros(len(clients), dtype=torch.bool), state.voters()
-        start = 0
-        for norms, stop in zip(state.norms, _edges(state, delta), strict=True):
-            limit = self.defences.clip * upper_median(norms[voters])
-            long = norms[clients] > limit
-            if limit > 0 and bool(long.any()):
-                delta = delta.clone() if start == 0 or not bool(cut.any()) else delta
-                scale = limit / norms[clients[long]]
-                delta[long, start:stop] = (delta[long, start:stop].double() * scale[:, None]).to(delta.dtype)
-                cut |= long
-            start = stop
-        return delta, cut
-
     def _capped(self, state: Watched, num_examples: Int[Tensor, " C"]) -> tuple[Int[Tensor, " C"], Bool[Tensor, " C"]]:
         """Numbers of examples cut to the limit; and whose were."""
         limit = int(self.defences.max_count * float(upper_median(state.counts[state.voters()])))
         large = (num_examples > limit) & (limit > 0)
         return torch.where(large, limit, num_examples), large
+
+    def _reach(self, state: Watched, counts: Int[Tensor, " C"]) -> Float[Tensor, " C"]:
+        """How many median lengths each update may have: less for whoever counts for more than the median."""
+        if self.defences.clip == 0:
+            return torch.full((len(counts),), float("inf"), dtype=torch.float64)
+        if self.defences.max_count == 0:
+            return torch.full((len(counts),), self.defences.clip, dtype=torch.float64)
+        usual = upper_median(state.counts[state.voters()]).double()
+        return self.defences.clip * (usual / counts).clamp_max(1.0)
+
+    def _clipped(
+        self, state: Watched, clients: Int[Tensor, " C"], delta: Float[Tensor, "C S"], reach: Float[Tensor, " C"]
+    ) -> tuple[Float[Tensor, "C S"], Bool[Tensor, " C"]]:
+        """Updates cut to the limit, the trainable part and the buffers each by their own; and whose were."""
+        voters, middle = state.voters(), _trainable(state, delta)
+        parts, cut = [], torch.zeros(len(clients), dtype=torch.bool)
+        for norms, part in zip(state.norms, (delta[:, :middle], delta[:, middle:]), strict=True):
+            typical = upper_median(norms[voters])
+            long = (norms[clients] > reach * typical) & (typical > 0)
+            parts.append(_shortened(part, long, (reach * typical / norms[clients])[long]))
+            cut |= long
+        return (torch.cat(parts, dim=1) if bool(cut.any()) else delta), cut
 
     def cost(self, state: Watched) -> Cost:
         """The method's, and what is remembered of the clients."""
@@ -186,17 +196,24 @@ class Guarded:
         return self.algorithm.personal(down, local, batches, task)
 
 
-def _edges(state: Watched, delta: Float[Tensor, "C S"]) -> tuple[int, int]:
-    """Where the trainable part and the reply end; a method that sends a part of the vector is cut as a whole."""
+def _shortened(
+    part: Float[Tensor, "C S"], long: Bool[Tensor, " C"], scale: Float[Tensor, " k"]
+) -> Float[Tensor, "C S"]:
+    """The same with these rows multiplied by `scale`; every other row to the last bit as it was."""
+    return part.index_put((long,), (part[long].double() * scale[:, None]).to(part.dtype)) if len(scale) else part
+
+
+def _trainable(state: Watched, delta: Float[Tensor, "C S"]) -> int:
+    """Where the trainable part of a reply ends; a method that sends a part of the vector is cut as a whole."""
     trainable, whole = state.edges.tolist()
-    return (trainable if delta.shape[1] == whole else delta.shape[1]), delta.shape[1]
+    return int(trainable) if delta.shape[1] == whole else delta.shape[1]
 
 
 def _noted(
     state: Watched, clients: Int[Tensor, " C"], delta: Float[Tensor, "C S"], num_examples: Int[Tensor, " C"]
 ) -> Watched:
     """The state that knows of this round's replies."""
-    middle, _ = _edges(state, delta)
+    middle = _trainable(state, delta)
     number, norms = state.round + 1, state.norms.clone()
     norms[:, clients] = torch.stack([squared_norms(delta[:, :middle]), squared_norms(delta[:, middle:])]).sqrt()
     return replace(
@@ -233,3 +250,15 @@ def _sends_update(method: Algorithm[Any]) -> bool:
         method = method.algorithm
     parts = typing.get_args(typing.get_type_hints(type(method).train).get("return"))
     return not parts or parts[0] in (Update, Any)
+
+
+def unguarded(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of the method's own state, by name, out of those of a guarded one; others as they are.
+
+    Args:
+        tensors: Of a server's state, see `protocol.state_tensors`.
+    """
+    own = {field.name for field in fields(Watched)} - {"method"}
+    if not own <= tensors.keys():
+        return dict(tensors)
+    return {name.removeprefix("method."): tensor for name, tensor in tensors.items() if name not in own}

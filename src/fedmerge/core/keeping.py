@@ -206,7 +206,9 @@ def keeping(method: Algorithm[Any], layout: Layout, modules: tuple[str, ...]) ->
             "has a frozen one); leave it out, or name the sub-modules that clients keep"
         )
     if getattr(method, "trains_several", False):
-        name = type(getattr(method, "algorithm", method)).__name__  # a method may be wrapped in a merging space
+        while hasattr(method, "algorithm"):  # a method may be wrapped in a merging space or in defences
+            method = method.algorithm
+        name = type(method).__name__
         raise UsageError(
             f"keep: clients of {name} train several networks in a round, and which of them would have "
             "the kept part is not defined; leave `keep` out, or use a method whose clients train one"

@@ -316,9 +316,27 @@ SERVER_MODELS = ("soup.models", "averages.models", "models")
 """Where states keep the server's models [d, P], by dotted field name."""
 
 
+def innermost(state: Any) -> Any:
+    """The method's own state: a method around a method keeps that of the inner one as ``method``."""
+    while hasattr(state, "method"):
+        state = state.method
+    return state
+
+
+def own_name(name: str) -> str:
+    """A tensor's name in the method's own state.
+
+    >>> own_name("method.method.soup.models"), own_name("models")
+    ('soup.models', 'models')
+    """
+    while name.startswith("method."):
+        name = name.removeprefix("method.")
+    return name
+
+
 def server_models(state: Any) -> Tensor | None:
-    """The server's models in a state; None where it keeps none."""
-    tensors = state_tensors(state)
+    """The server's models in a state, that of a method around a method included; None where it keeps none."""
+    tensors = state_tensors(innermost(state))
     found = (tensors[name] for name in SERVER_MODELS if name in tensors)
     return next((models for models in found if models.dim() == 2), None)
 
@@ -326,7 +344,8 @@ def server_models(state: Any) -> Tensor | None:
 def with_server_models(state: StateT, models: Tensor) -> StateT:
     """The state with other models on the server."""
     tensors = state_tensors(state)
-    name = next(name for name in SERVER_MODELS if name in tensors)
+    names = {own_name(name): name for name in tensors}
+    name = next(names[known] for known in SERVER_MODELS if known in names)
     return with_tensors(state, {**tensors, name: models})
 
 

@@ -6,6 +6,7 @@ before they send their own, and know the server's limits. Randomness is (seed, p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fedmerge.core.defences import Defences
+from fedmerge.core.errors import UsageError
 from fedmerge.core.options import check_options, option
 from fedmerge.core.randomness import generator
 from fedmerge.core.replies import MOST_EXAMPLES, Reply
@@ -22,6 +24,8 @@ from fedmerge.core.replies import MOST_EXAMPLES, Reply
 Kind = Literal["none", "push", "collude", "sign-flip", "inflate", "nan", "free-ride", "edge", "turncoat", "mimic"]
 JUST_BELOW = 0.99
 """Of a limit that an attacker knows."""
+FREE = 10.0
+"""Length of a false update, times the honest one, where the server believes any."""
 NOISE = 1e-6
 """Of a free rider, times the length of an honest update: enough to look different from others."""
 
@@ -50,6 +54,26 @@ class Attack:
 
     def __post_init__(self) -> None:
         check_options(self)
+        used = _USED.get(self.kind, ("share",))
+        faults = [
+            f"Attack.{name}: got {getattr(self, name)!r}, which has no effect with kind={self.kind!r}; leave it out"
+            for name in ("share", "strength", "inflation", "turn")
+            if name not in used and getattr(self, name) != getattr(type(self), name)
+        ]
+        if faults:
+            raise UsageError("\n".join(faults))
+
+
+_USED: Mapping[str, tuple[str, ...]] = {
+    "none": (),
+    "push": ("share", "strength"),
+    "collude": ("share", "strength"),
+    "sign-flip": ("share", "strength"),
+    "inflate": ("share", "inflation"),
+    "turncoat": ("share", "turn"),
+    "mimic": ("share", "turn"),
+}
+"""Options that a kind reads; the others read `share` only."""
 
 
 def attackers(attack: Attack, num_clients: int, seed: int) -> tuple[int, ...]:
@@ -80,15 +104,16 @@ class Scene:
     honest: tuple[Reply, ...]
     believed: Defences
 
-    def longest(self, own: float) -> float:
-        """The longest update that passes; `own` is the attacker's honest length, which stands in if it is alone."""
-        lengths = [length_of(reply.tensors) for reply in self.honest] or [own]
-        return JUST_BELOW * (self.believed.clip or self.attack.strength) * float(np.median(lengths))
-
     def most_examples(self, own: int) -> int:
-        """The largest number of examples that passes."""
+        """The largest number of examples that passes; `own` is the attacker's, which stands in if it is alone."""
         counts = [reply.num_examples for reply in self.honest] or [own]
         return max(1, int(JUST_BELOW * (self.believed.max_count or 1) * float(np.median(counts))))
+
+    def longest(self, own: float) -> float:
+        """The longest update that passes with that many examples; `own` is the attacker's honest length."""
+        lengths = [length_of(reply.tensors) for reply in self.honest] or [own]
+        believed = self.believed.clip / max(1.0, self.believed.max_count) if self.believed.clip else FREE
+        return JUST_BELOW * believed * float(np.median(lengths))
 
 
 def tampered(
@@ -108,6 +133,8 @@ def tampered(
         seed: The run's.
         believed: The server's limits, for attackers that know them; the default ones if not given.
     """
+    if attack.kind == "none":
+        return tuple(replies)
     honest = tuple(reply for reply in replies if reply.client not in attackers)
     scene = Scene(attack, seed, honest, believed or Defences())
     lie = _LIES[attack.kind]
@@ -116,14 +143,11 @@ def tampered(
 
 def length_of(tensors: Mapping[str, Tensor]) -> float:
     """Euclidean, of all floating-point tensors of a reply together."""
-    return float(sum(t.double().square().sum() for t in tensors.values() if t.is_floating_point())) ** 0.5
+    squares = [float(t.double().square().sum()) for t in tensors.values() if t.is_floating_point()]
+    return math.sqrt(sum(squares))
 
 
 # ---------------------------------------------------------------- lies
-
-
-def _none(scene: Scene, reply: Reply) -> Reply:
-    return reply
 
 
 def _push(scene: Scene, reply: Reply) -> Reply:
@@ -149,7 +173,7 @@ def _inflate(scene: Scene, reply: Reply) -> Reply:
     return replace(reply, num_examples=min(MOST_EXAMPLES, int(scene.attack.inflation * reply.num_examples)))
 
 
-def _nan(scene: Scene, reply: Reply) -> Reply:
+def _nan(scene: Scene, reply: Reply) -> Reply:  # noqa: ARG001
     return _each(reply, lambda t: torch.full_like(t, float("nan")))
 
 
@@ -185,7 +209,6 @@ def _mimic(scene: Scene, reply: Reply) -> Reply:
 
 
 _LIES: Mapping[Kind, Callable[[Scene, Reply], Reply]] = {
-    "none": _none,
     "push": _push,
     "collude": _collude,
     "sign-flip": _sign_flip,

@@ -13,9 +13,8 @@ from torch import Tensor
 from fedmerge.core.adapters import Pair, pairs_of
 from fedmerge.core.errors import UsageError
 from fedmerge.core.files import write_atomically
-from fedmerge.core.protocol import server_models, state_tensors
+from fedmerge.core.protocol import innermost, server_models, state_tensors
 from fedmerge.core.ranges import gathered, woven
-from fedmerge.core.spaces import Spaced
 from fedmerge.core.vector import Layout
 from fedmerge.exporting.client import Client
 from fedmerge.exporting.files import write_tensors
@@ -104,8 +103,7 @@ def _unpaired_factors(layout: Layout) -> bool:
 
 def _own_state(client: Client) -> object:
     """The method's own server state."""
-    state = client.trained.progress.state
-    return state.method if isinstance(state, Spaced) else state
+    return innermost(client.trained.progress.state)
 
 
 def _refuse_unreadable(parts: Pretrained) -> None:

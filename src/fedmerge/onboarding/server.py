@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from fedmerge.core.errors import FedmergeError, UsageError
-from fedmerge.core.protocol import SERVER_MODELS, state_tensors
+from fedmerge.core.protocol import SERVER_MODELS, own_name, state_tensors
 from fedmerge.core.ranges import Ranges, gathered, woven
 from fedmerge.core.soup import merge, mixing
 from fedmerge.core.tensor_files import read_tensors
@@ -139,7 +139,7 @@ def server_of_outcome(outcome: Outcome) -> Server:
     serving = Serving(recipe_table(outcome.model), setup.training, setup.options, setup.data.form)
     kept = _kept_head(serving, setup.layout)
     tensors = state_tensors(outcome.selected.state)
-    tensors = {name.removeprefix("method."): tensor for name, tensor in tensors.items()}
+    tensors = {own_name(name): tensor for name, tensor in tensors.items()}
     found = _server(tensors, setup.module, setup.layout, serving, outcome.record)
     recipe = None if isinstance(outcome.model, nn.Module) else outcome.model
     return replace(found, recipe=recipe, kept=kept)
@@ -166,7 +166,7 @@ def server_of_folder(folder: Path, model: Any = None) -> Server:
     except FedmergeError as error:
         raise FedmergeError(f"{error}; the run cannot be used, make it again") from error
     state = {name.removeprefix("server."): tensor for name, tensor in tensors.items() if name.startswith("server.")}
-    state = {name.removeprefix("method."): tensor for name, tensor in state.items()}
+    state = {own_name(name): tensor for name, tensor in state.items()}
     _refuse_without_models(state, record)
     config = _config_of(folder)
     serving = _serving_of(folder, config)
