@@ -26,6 +26,7 @@ from fedmerge.experiment.config import (
     read_toml,
     to_table,
 )
+from fedmerge.experiment.participation import Participation
 from fedmerge.models import NETWORKS
 from fedmerge.training import LocalTraining
 
@@ -87,7 +88,7 @@ def options(draw: DrawFn, cls: type, leave_out: tuple[str, ...] = ()) -> dict[st
 
 @settings(deadline=None, derandomize=True)
 @given(
-    options(RunOptions),
+    options(RunOptions, leave_out=("participation", "defences", "attack")),
     options(LocalTraining, leave_out=("steps", "dp_clip", "dp_noise")),
     options(ALGORITHMS["fedmerge"].cls),
 )
@@ -104,6 +105,27 @@ def test_any_options_survive_toml(run: dict[str, Any], training: dict[str, Any],
         return
     config = build_config(table)
     assert build_config(tomllib.loads(config_text(config))) == config
+
+
+def test_tables_within_the_run_options_survive_toml() -> None:
+    table = {
+        "participation": {"dropout": 0.25, "quorum": 0.5, "deadline": 3.0, "spread": 0.5},
+        "defences": {"clip": 2.0, "max_count": 0},
+        "attack": {"kind": "push", "share": 0.1},
+    }
+    config = build_config(table)
+    assert config.run.participation == Participation(dropout=0.25, quorum=0.5, deadline=3.0, spread=0.5)
+    assert config.run.defences.clip == 2.0
+    assert build_config(tomllib.loads(config_text(config))) == config
+
+
+def test_every_fault_of_a_table_within_a_table_is_named() -> None:
+    assert faults_of({"participation": {"quorum": 2, "dropot": 0.1}, "attack": 5}) == [
+        "run.participation.quorum: got 2; expected a number >= 0 and <= 1",
+        "run.participation: unknown option 'dropot'; did you mean 'dropout'? Known: availability, awake, day, "
+        "deadline, dropout, jitter, quorum, sampling, spread",
+        "run.attack: got 5; expected a table",
+    ]
 
 
 def test_resolving_twice_changes_nothing() -> None:

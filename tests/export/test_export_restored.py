@@ -115,7 +115,7 @@ def changed_tensor(name: str, change: Callable[[torch.Tensor], torch.Tensor]) ->
 
 def without_tensor(folder: Path) -> None:
     tensors = load_file(folder / "models.safetensors")
-    del tensors["server.soup.logits"]
+    del tensors["server.method.soup.logits"]
     save_file(tensors, folder / "models.safetensors")
 
 
@@ -125,11 +125,11 @@ def without_tensor(folder: Path) -> None:
         (lambda folder: (folder / "models.safetensors").write_bytes(b"x"), r"models\.safetensors is damaged"),
         (lambda folder: (folder / "models.safetensors").unlink(), r"models\.safetensors is damaged"),
         (without_tensor, "the saved state has no 'soup.logits'"),
-        (changed_tensor("server.soup.models", lambda t: t[:, 1:]), "not as long as its network"),
-        (changed_tensor("server.soup.models", lambda t: t * float("nan")), "is damaged"),
-        (changed_tensor("server.soup.models", lambda t: t[:1]), "is damaged"),
-        (changed_tensor("server.soup.logits", lambda t: t[:, :2]), "is damaged"),
-        (changed_tensor("server.soup.logits", lambda t: t.float()), "expected torch.float64"),
+        (changed_tensor("server.method.soup.models", lambda t: t[:, 1:]), "not as long as its network"),
+        (changed_tensor("server.method.soup.models", lambda t: t * float("nan")), "is damaged"),
+        (changed_tensor("server.method.soup.models", lambda t: t[:1]), "is damaged"),
+        (changed_tensor("server.method.soup.logits", lambda t: t[:, :2]), "is damaged"),
+        (changed_tensor("server.method.soup.logits", lambda t: t.float()), "expected torch.float64"),
         (lambda folder: (folder / "serving.json").unlink(), "has no serving.json"),
         (lambda folder: (folder / "run.json").unlink(), "is not a run"),
     ],

@@ -345,14 +345,14 @@ def test_a_folder_that_is_no_run_or_damaged_is_refused(folder: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("server.soup.models", lambda models: models[:, :10], "expected floats [models, "),
-        ("server.soup.models", lambda models: models[0], "expected floats [models, "),
-        ("server.soup.models", lambda models: models[:0], "expected floats [models, "),
-        ("server.soup.models", lambda models: models.int(), "soup.models is int32"),
-        ("server.soup.models", lambda models: models * torch.nan, "expected finite numbers only"),
-        ("server.soup.models", lambda models: models[:1], "soup.logits is float64 [1, 12, "),
-        ("server.soup.logits", lambda logits: logits[:, :3], "soup.logits is float64 [1, 3, "),
-        ("server.soup.logits", lambda logits: logits * torch.nan, "expected numbers only"),
+        ("server.method.soup.models", lambda models: models[:, :10], "expected floats [models, "),
+        ("server.method.soup.models", lambda models: models[0], "expected floats [models, "),
+        ("server.method.soup.models", lambda models: models[:0], "expected floats [models, "),
+        ("server.method.soup.models", lambda models: models.int(), "soup.models is int32"),
+        ("server.method.soup.models", lambda models: models * torch.nan, "expected finite numbers only"),
+        ("server.method.soup.models", lambda models: models[:1], "soup.logits is float64 [1, 12, "),
+        ("server.method.soup.logits", lambda logits: logits[:, :3], "soup.logits is float64 [1, 3, "),
+        ("server.method.soup.logits", lambda logits: logits * torch.nan, "expected numbers only"),
     ],
 )
 def test_a_whole_file_of_wrong_tensors_is_refused(

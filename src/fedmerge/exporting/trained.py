@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fedmerge.algorithms import ALGORITHMS
+from fedmerge.core.defences import unguarded
 from fedmerge.core.ensemble import Personal, members
 from fedmerge.core.errors import FedmergeError, UsageError
 from fedmerge.core.keeping import keeping, travelling
@@ -190,7 +191,7 @@ def _method(record: RunRecord) -> Algorithm[Any]:
 
 
 def _played(algorithm: Algorithm[Any], layout: Any, options: RunOptions) -> Algorithm[Any]:
-    """The method as `experiment.simulation.prepare` plays it."""
+    """The method as `experiment.simulation.prepare` plays it, but for its defences: no replies come any more."""
     return keeping(in_space(algorithm, travelling(layout, options.keep), options.merging), layout, options.keep)
 
 
@@ -215,7 +216,7 @@ def _progress(setup: Setup, tensors: Mapping[str, Tensor], record: RunRecord, fo
     template = setup.played.init(lambda _: start, setup.facts, record.seed)
     server = {name.removeprefix("server."): value for name, value in tensors.items() if name.startswith("server.")}
     try:
-        state = with_tensors(template, server)
+        state = with_tensors(template, unguarded(server))
         fleet = Fleet(
             private=tuple(_private(setup, start, tensors, i) for i in range(len(record.client_names))),
             buffers=tuple(tensors.get(f"buffers.{i}", start[T:]) for i in range(len(record.client_names))),
