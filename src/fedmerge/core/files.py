@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 PRIVATE = 0o600
@@ -19,24 +21,26 @@ def write_atomically(path: Path, content: str | bytes, *, private: bool = False)
             that others could read.
 
     Raises:
-        OSError: if it cannot be written; nothing is left behind then.
+        OSError: if it cannot be written, naming the file; nothing is left behind then.
     """
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     data = content.encode("utf-8") if isinstance(content, str) else content
     temporary = path.with_name(path.name + ".part")
-    try:
-        if private:
-            temporary.unlink(missing_ok=True)  # the rest of a killed run may be open to others
-        with os.fdopen(_opened(temporary, os.O_EXCL if private else os.O_TRUNC, private=private), "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        _sync_folder(path.parent)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+    with _naming(path):
+        try:
+            if private:
+                temporary.unlink(missing_ok=True)  # the rest of a killed run may be open to others
+            with os.fdopen(_opened(temporary, os.O_EXCL if private else os.O_TRUNC, private=private), "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            sync_folder(path.parent)
+        except OSError:
+            with suppress(OSError):  # the first fault is the one to tell
+                temporary.unlink(missing_ok=True)
+            raise
 
 
 def append_text(path: Path, text: str, *, private: bool = False, durable: bool = False) -> bytes:
@@ -49,15 +53,28 @@ def append_text(path: Path, text: str, *, private: bool = False, durable: bool =
         durable: Whether it must be on the disk when this returns.
 
     Raises:
-        OSError: if it cannot be written.
+        OSError: if it cannot be written, naming the file.
     """
-    with os.fdopen(_opened(path, os.O_APPEND, private=private), "ab") as file:
-        content = text.encode("utf-8")
-        file.write(content)
-        if durable:
-            file.flush()
-            os.fsync(file.fileno())
+    content = text.encode("utf-8")
+    with _naming(path):
+        new = not path.exists()
+        with os.fdopen(_opened(path, os.O_APPEND, private=private), "ab") as file:
+            file.write(content)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        if durable and new:
+            sync_folder(path.parent)
     return content
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Failures within say which file was meant; the system leaves that out where it knows a descriptor only."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
 def _opened(path: Path, flags: int, *, private: bool) -> int:
@@ -76,17 +93,29 @@ def truncate(path: Path, length: int) -> None:
     """Cuts a file off after `length` bytes, on the disk too; a file that is not there stays away.
 
     Raises:
-        OSError: if it cannot be written.
+        OSError: if it cannot be written, naming the file.
     """
     if not path.exists():
         return
-    with path.open("rb+") as file:
+    with _naming(path), path.open("rb+") as file:
         file.truncate(length)
         os.fsync(file.fileno())
 
 
-def _sync_folder(folder: Path) -> None:
-    """Makes a rename in a folder survive a power cut."""
+def make_folder(folder: Path) -> None:
+    """Makes a folder and those above it that are missing, all on the disk when this returns.
+
+    Raises:
+        OSError: if one cannot be made.
+    """
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for place in missing:
+        sync_folder(place.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes what was made or renamed in a folder survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -6,14 +6,14 @@ import hashlib
 import json
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fedmerge.algorithms import ALGORITHMS
 from fedmerge.core.errors import FedmergeError, UsageError
-from fedmerge.core.files import truncate
+from fedmerge.core.files import make_folder, truncate
 from fedmerge.experiment import checkpoint
 from fedmerge.experiment.checkpoint import Found, Manifest, digest
 from fedmerge.experiment.config import plain_options
@@ -33,7 +33,7 @@ def new_run_folder(folder: Path) -> Iterator[None]:
         UsageError: if it exists with something in it, is in use, or cannot be written.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         _refuse_full(folder)
     except (OSError, ValueError) as error:  # ValueError: a null character in the path
         raise _unwritable(folder, error) from error
@@ -101,6 +101,10 @@ class _Entry:
         """Both as one."""
         return self if earlier is None else replace(self, lines=earlier.lines + self.lines)
 
+    def may_grow(self) -> bool:
+        """Whether later rounds may go to the disk with it. Round 0 goes alone: no round follows it unchecked."""
+        return 0 < self.lines[0].round and len(self.lines) < _MOST_BEHIND
+
 
 class Book:
     """Writes a run down beside its computation. Rounds that `written` has given survive a kill or a power cut.
@@ -121,6 +125,7 @@ class Book:
             self._pages.go_on(found)
         self._change = threading.Condition()
         self._waiting: _Entry | None = None
+        self._noted: _Entry | None = None
         self._written: list[RoundRecord] = []
         self._error: BaseException | None = None
         self._busy = self._closed = False
@@ -140,9 +145,9 @@ class Book:
             OSError: if an earlier round could not be written.
         """
         with self._change:
-            self._change.wait_for(lambda: self._waiting is None or len(self._waiting.lines) < _MOST_BEHIND)
+            self._change.wait_for(lambda: self._waiting is None or self._waiting.may_grow())
             self._raise()
-            self._waiting = _Entry((line,), last, selected, seconds).after(self._waiting)
+            self._waiting = self._noted = _Entry((line,), last, selected, seconds).after(self._waiting)
             self._change.notify_all()
 
     def written(self, *, wait: bool = False) -> tuple[RoundRecord, ...]:
@@ -180,8 +185,8 @@ class Book:
                 self._busy, self._waiting = False, None if self._error else self._waiting
                 self._change.notify_all()
 
-    def stop(self, last: Progress, selected: tuple[int, Progress], seconds: float) -> None:
-        """Ends the thread and writes a checkpoint of the last state, if there is none yet.
+    def stop(self) -> None:
+        """Ends the thread and writes a checkpoint of the last round that was handed in, if there is none yet.
 
         Raises:
             OSError: if it cannot be written.
@@ -191,7 +196,8 @@ class Book:
             self._change.notify_all()
         self._thread.join()
         self._raise()
-        self._pages.save(_Entry((), last, selected, seconds))
+        if self._noted is not None:
+            self._pages.save(self._noted)
 
     def close(self) -> None:
         """Ends the thread and removes the checkpoints: the run is finished."""
@@ -223,7 +229,8 @@ class _Pages:
         truncate(path, manifest.lines)
         self._records.update(path.read_bytes())
         self._lines, self._slot, self._saved = manifest.lines, found.slot, manifest.round
-        self._best = (manifest.selected, manifest.best)
+        if manifest.selected < manifest.round:  # else it was not read, and is written again
+            self._best = (manifest.selected, manifest.best)
         self._referred[found.slot] = {manifest.selected}
 
     def write(self, entry: _Entry) -> None:
@@ -274,7 +281,7 @@ class Standing:
     lines: tuple[RoundRecord, ...]
 
 
-def standing(folder: Path, setup: Setup, start: Progress, data: str, lines: Sequence[RoundRecord]) -> Standing:
+def standing(folder: Path, setup: Setup, start: Progress, data: str) -> Standing:
     """Finds where a run can go on.
 
     Args:
@@ -282,7 +289,6 @@ def standing(folder: Path, setup: Setup, start: Progress, data: str, lines: Sequ
         setup: Of the run as it is asked for now.
         start: Before its first round.
         data: Digest of its clients' data.
-        lines: All whole lines of its ``rounds.jsonl``.
 
     Raises:
         UsageError: if the folder's run is another one, or was made without checkpoints.
@@ -294,11 +300,16 @@ def standing(folder: Path, setup: Setup, start: Progress, data: str, lines: Sequ
     if found is not None:
         if faults:
             log.warning("going on from the other one, after round %d", found.manifest.round)
-        return Standing(found, tuple(line for line in lines if line.round <= found.manifest.round))
+        return Standing(found, checkpoint.rounds_seen(folder, found, len(setup.data.clients)))
     if faults:
         raise FedmergeError("no checkpoint of this run can be used, make it again:\n" + "\n".join(faults))
-    if len(lines) > 1 or setup.options.checkpoint_every == 0:
-        raise UsageError(f"{folder} holds {len(lines)} rounds and no checkpoint (checkpoint_every=0); make it again")
+    path = folder / "rounds.jsonl"
+    lines = path.read_bytes().count(b"\n") if path.exists() else 0
+    if lines > 1 or (lines and setup.options.checkpoint_every == 0):
+        raise UsageError(
+            f"{folder} holds {lines} rounds and no checkpoint: it was made with checkpoint_every=0, or they were "
+            "removed; make it again"
+        )
     log.warning("no round of %s was finished: it begins anew", folder)
-    truncate(folder / "rounds.jsonl", 0)
+    truncate(path, 0)
     return Standing(None, ())

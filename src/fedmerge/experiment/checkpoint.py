@@ -14,6 +14,7 @@ all that, and the tensors (safetensors), whose SHA-256 the manifest holds. Rando
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -29,6 +30,7 @@ from fedmerge.core.options import build_options
 from fedmerge.core.protocol import state_tensors, with_tensors
 from fedmerge.core.strict_json import parse_json_table
 from fedmerge.core.tensor_files import read_tensors
+from fedmerge.experiment.record import RoundRecord, rounds_from
 from fedmerge.experiment.simulation import Progress
 
 MAGIC = b"fedmerge checkpoint 1\n"
@@ -214,6 +216,7 @@ def remove_all(folder: Path) -> None:
     prune(folder, set())
     for slot in SLOTS:
         (folder / slot).unlink(missing_ok=True)
+        (folder / f"{slot}.part").unlink(missing_ok=True)  # of a process that was killed
 
 
 @dataclass(frozen=True)
@@ -283,6 +286,23 @@ def _read(slot: int, path: Path, start: Progress, *, request: str, data: str) ->
 
 def _check_records(path: Path, manifest: Manifest) -> None:
     """The lines of the rounds so far must be those that the checkpoint saw."""
+    if path.stat().st_size < manifest.lines or digest(_beginning(path, manifest.lines)) != manifest.records:
+        raise FedmergeError(f"{path.name} does not begin with the rounds that it saw")
+
+
+def _beginning(path: Path, length: int) -> bytes:
     with path.open("rb") as file:
-        if digest(file.read(manifest.lines)) != manifest.records:
-            raise FedmergeError(f"{path.name} does not begin with the rounds that it saw")
+        return file.read(length)
+
+
+def rounds_seen(folder: Path, found: Found, num_clients: int) -> tuple[RoundRecord, ...]:
+    """The rounds that a checkpoint saw; whatever stands behind them, torn or not, is of rounds that are made again.
+
+    Args:
+        folder: Of the run.
+        found: From `latest`.
+        num_clients: Of the run, N.
+    """
+    path = folder / "rounds.jsonl"
+    content = io.BytesIO(_beginning(path, found.manifest.lines))
+    return tuple(rounds_from(content, num_clients, path))

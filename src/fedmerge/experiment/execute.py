@@ -197,7 +197,7 @@ def play(
         status: Status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         with suppress(OSError):  # a full disk, which `error` tells already
             if book is not None:
-                book.stop(journey.last, journey.choice, time.perf_counter() - began)
+                book.stop()
             _close(record, status, journey, time.perf_counter() - began, folder)
         raise
     record = _close(record, "finished", journey, time.perf_counter() - began, folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,8 @@ if sys.platform != "win32":  # which has no such locks: two processes are not ke
 
 NAME = ".lock"
 _MOST_DIGITS = 20
+_WAIT, _MOST_WAITS = 0.01, 50
+"""Seconds between two looks at who holds a lock, and their number: its number is written just after it is taken."""
 
 
 @contextmanager
@@ -32,8 +35,10 @@ def run_lock(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        (folder / NAME).unlink(missing_ok=True)  # while it is held: whoever waits for it sees that it is gone
-        os.close(descriptor)
+        try:
+            (folder / NAME).unlink(missing_ok=True)  # while it is held: whoever waits for it sees that it is gone
+        finally:
+            os.close(descriptor)
 
 
 def _taken(path: Path) -> int:
@@ -72,5 +77,22 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 
 def _holder(descriptor: int) -> str:
-    words = os.pread(descriptor, _MOST_DIGITS, 0).split()
-    return words[0].decode("ascii", "replace") if words and words[0].isdigit() else "(unknown)"
+    """Number of the process that holds it: not one that has died, as the file of a killed holder may still say."""
+    found = "(unknown)"
+    for _ in range(_MOST_WAITS):
+        words = os.pread(descriptor, _MOST_DIGITS, 0).split()
+        found = words[0].decode("ascii") if words and words[0].isdigit() else found
+        if found.isdigit() and _is_alive(int(found)):
+            return found
+        time.sleep(_WAIT)
+    return found
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True

@@ -291,6 +291,12 @@ def read_run(folder: Path | str) -> RunRecord:
         FedmergeError: if the folder is not a run or a file in it is damaged; names the file.
     """
     folder = Path(folder)
+    record = read_run_alone(folder)
+    return dataclasses.replace(record, rounds=_read_rounds(folder / "rounds.jsonl", len(record.client_names)))
+
+
+def read_run_alone(folder: Path) -> RunRecord:
+    """The same without its rounds."""
     path = folder / "run.json"
     if not path.is_file():
         raise FedmergeError(f"{folder} is not a run: it has no run.json; give a folder that `fedmerge run` wrote")
@@ -298,8 +304,7 @@ def read_run(folder: Path | str) -> RunRecord:
         content = read_bounded(path)
     except ValueError as error:
         raise _damaged(str(path), error) from error
-    record = run_from(content, path)
-    return dataclasses.replace(record, rounds=_read_rounds(folder / "rounds.jsonl", len(record.client_names)))
+    return run_from(content, path)
 
 
 def run_from(content: bytes, path: Path | str) -> RunRecord:

@@ -14,7 +14,7 @@ from fedmerge.experiment.book import Book, held, standing
 from fedmerge.experiment.config import Config, build_config, read_toml
 from fedmerge.experiment.execute import Journey, Outcome, Watcher, play
 from fedmerge.experiment.federation import load_data
-from fedmerge.experiment.record import RunRecord, read_run, write_run
+from fedmerge.experiment.record import RunRecord, read_run, read_run_alone, write_run
 from fedmerge.experiment.serving import Serving, read_serving
 from fedmerge.experiment.simulation import prepare
 from fedmerge.experiment.store import versions
@@ -38,17 +38,17 @@ def resume_run(
         UsageError: if the run is finished or in use, or what it was made from is not there or has changed.
         FedmergeError: if the folder is damaged.
     """
-    refuse_finished(read_run(folder))
+    refuse_finished(folder)
     with held(folder):
-        record = read_run(folder)  # again: it may have ended before the folder was ours
-        refuse_finished(record)
+        refuse_finished(folder)  # again: it may have ended before the folder was ours
+        record = read_run_alone(folder)
         method, training, options, recipe, clients = _asked(folder, record, data, model)
         if clients.sha256() != record.data_sha256:
             raise UsageError(
                 f"{folder} was made on other data than are there now; bring the same data, or make a new run"
             )
         setup, start = prepare(method, clients, recipe, training, options)
-        stand = standing(folder, setup, start, record.data_sha256, record.rounds)
+        stand = standing(folder, setup, start, record.data_sha256)
         _tell_versions(record)
         record = replace(record, status="running", versions=versions())
         write_run(folder, record)
@@ -61,9 +61,10 @@ def resume_run(
         return play(setup, journey, record, model=recipe, folder=folder, book=book, watch=watch)
 
 
-def refuse_finished(record: RunRecord) -> None:
+def refuse_finished(folder: Path) -> None:
     """Raises UsageError if a run needs no more rounds."""
-    if record.status == "finished":
+    if read_run_alone(folder).status == "finished":
+        record = read_run(folder)
         raise UsageError(
             f"run {record.label!r} (seed {record.seed}) is finished after {record.last().round} rounds; there is "
             "nothing to resume"
