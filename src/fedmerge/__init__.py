@@ -15,7 +15,19 @@ from typing import TYPE_CHECKING, Any
 from fedmerge._version import __version__
 
 if TYPE_CHECKING:
-    from fedmerge.api import Comparison, Exported, Onboarded, Run, compare, export, load_run, onboard, run, run_config
+    from fedmerge.api import (
+        Comparison,
+        Exported,
+        Onboarded,
+        Run,
+        compare,
+        export,
+        load_run,
+        onboard,
+        resume,
+        run,
+        run_config,
+    )
     from fedmerge.core.errors import DataError, FedmergeError, UsageError
     from fedmerge.data import (
         ClientData,
@@ -39,6 +51,7 @@ _HOMES = {
         "export",
         "load_run",
         "onboard",
+        "resume",
         "run",
         "run_config",
     ),
@@ -90,6 +103,7 @@ __all__ = [
     "from_texts",
     "load_run",
     "onboard",
+    "resume",
     "run",
     "run_config",
 ]

@@ -31,6 +31,7 @@ from fedmerge.experiment.config import (
 from fedmerge.experiment.execute import Outcome, Watcher, execute, execute_config
 from fedmerge.experiment.federation import load_data
 from fedmerge.experiment.record import RoundRecord, RunRecord, read_run
+from fedmerge.experiment.resume import resume_run
 from fedmerge.experiment.simulation import prepare
 from fedmerge.exporting import Exported, client_of, export_client, trained_of_folder, trained_of_outcome
 from fedmerge.models import NETWORKS, Network
@@ -302,6 +303,25 @@ def run_config(table: Mapping[str, Any], *, out: Path | str | None = None, watch
     return Run(execute_config(build_config(table), folder=None if out is None else Path(out), watch=watch))
 
 
+def resume(
+    folder: Path | str, *, data: FederatedData | None = None, model: Model | None = None, watch: Watcher | None = None
+) -> Run:
+    """Goes on with an interrupted run from its last checkpoint; it ends with the bits of an uninterrupted one.
+
+    Args:
+        folder: That `run` wrote.
+        data: The clients, for a run on clients of your own.
+        model: The network again, for a run with a module or function of your own.
+        watch: Called with a `RoundRecord` after every round.
+
+    Raises:
+        UsageError: if the run is finished or in use, was made from another configuration or other data, or needs
+            arguments.
+        FedmergeError: if the folder is damaged.
+    """
+    return Run(resume_run(Path(folder), data=data, model=None if model is None else _known_model(model), watch=watch))
+
+
 def load_run(folder: Path | str) -> RunRecord:
     """What a run folder says: configuration, rounds, scores."""
     return read_run(folder)
@@ -411,6 +431,7 @@ __all__ = [
     "export",
     "load_run",
     "onboard",
+    "resume",
     "run",
     "run_config",
 ]

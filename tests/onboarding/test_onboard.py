@@ -271,8 +271,8 @@ def test_rows_by_layer_stay_rows_by_layer() -> None:
     made = fedmerge.run("digits", method=method, **{**SMALL, "rounds": 6})
     found = fedmerge.onboard(made, made.outcome.setup.data.clients[0].test, way="weights")
     assert found.row.shape == (2, 2)  # two layers, two models
-    blocks = made.outcome.selected.state.blocks.tolist()
-    models = made.outcome.selected.state.soup.models
+    blocks = made.outcome.selected.state.method.blocks.tolist()
+    models = made.outcome.selected.state.method.soup.models
     for row, (a, b) in zip(found.row, blocks, strict=True):
         assert torch.allclose(found.params[a:b], (row.to(models.dtype) @ models)[a:b])
 

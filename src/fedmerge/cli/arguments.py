@@ -16,7 +16,7 @@ from fedmerge.cli.explain import explain_run
 from fedmerge.cli.export import add_export_arguments
 from fedmerge.cli.onboard import add_onboard_arguments
 from fedmerge.cli.privacy import add_privacy_arguments
-from fedmerge.cli.training import compare, run
+from fedmerge.cli.training import compare, resume, run
 from fedmerge.core.errors import UsageError, unknown_name
 from fedmerge.core.options import option_fields
 
@@ -31,6 +31,7 @@ class Parser(argparse.ArgumentParser):
 
 _COMMANDS = {
     "run": "train one method: one model per client",
+    "resume": "go on with a run that was interrupted",
     "compare": "train several methods on the same clients and seeds, then report",
     "list": "methods, sources, partitions, models and their options",
     "data": "see and fetch data, look at a partition",
@@ -51,6 +52,7 @@ def parser_of(words: Sequence[str]) -> Parser:
         parser.add_argument("command_name", choices=[command], help=argparse.SUPPRESS)
         builders: dict[str, Callable[[Parser], None]] = {
             "run": partial(_run_parser, words=words),
+            "resume": _resume_parser,
             "compare": _compare_parser,
             "list": _list_parser,
             "data": _data_parser,
@@ -108,6 +110,12 @@ def _method_options(parser: Parser, name: str) -> None:
             metavar="VALUE",
             help=help_text(facts, annotation).replace("%", "%%"),
         )
+
+
+def _resume_parser(parser: Parser) -> None:
+    parser.add_argument("run", metavar="RUN", help="folder of a run that was interrupted")
+    parser.add_argument("--quiet", action="store_true", help="no progress, only the result")
+    parser.set_defaults(command=resume)
 
 
 def _compare_parser(parser: Parser) -> None:

@@ -20,7 +20,7 @@ from rich.progress import (
 from rich.table import Table as Grid
 
 from fedmerge.experiment.record import RunRecord
-from fedmerge.report import Table, task_table
+from fedmerge.report import Table, attendance_table, task_table
 
 out = Console(highlight=False, soft_wrap=True, emoji=False)
 err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
@@ -90,11 +90,26 @@ def print_tasks(records: Sequence[RunRecord]) -> None:
         print_table(table, whole=True)
 
 
+def print_attendance(records: Sequence[RunRecord]) -> None:
+    """Whose replies were lost or refused, for the runs where any were."""
+    for record in records:
+        table = attendance_table(record, most=_ROWS)
+        if table is not None:
+            print_table(table, whole=True)
+
+
+_ROWS = 10
+
+
 def print_search(records: Sequence[RunRecord]) -> None:
     """What the search for structure decided, for the runs that searched."""
     for record in records:
         state = record.last().state
         if state.get("gate") is None:
+            continue
+        if state.get("searching"):
+            waits = "too few clients have replied for a look at the structure; one model so far"
+            out.print(f"  {escape(record.label)}, seed {record.seed}: {waits}", style="dim")
             continue
         found = f"{state['num_models']} models" if state["num_models"] > 1 else "no structure, kept one model"
         evidence = f"evidence in the clients' first updates {state['gate']:.2f}, gate {record.options['gate']:g}"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedmerge.cli.screen import err, out, print_search, print_table, print_tasks, progress_display
+from fedmerge.cli.screen import err, out, print_attendance, print_search, print_table, print_tasks, progress_display
 from fedmerge.cli.words import split_words, table_from
 from fedmerge.core.errors import UsageError, unknown_name
 from fedmerge.core.files import write_atomically
@@ -15,7 +15,9 @@ from fedmerge.experiment.comparison import free_folder, plan, run_jobs
 from fedmerge.experiment.config import assign, build_config, override, parse_value
 from fedmerge.experiment.execute import execute_config
 from fedmerge.experiment.forecast import Forecast
-from fedmerge.experiment.record import RoundRecord
+from fedmerge.experiment.record import RoundRecord, RunRecord, read_run
+from fedmerge.experiment.resume import resume_run
+from fedmerge.experiment.serving import read_serving
 from fedmerge.report import comparison_table, write_report
 
 
@@ -42,11 +44,32 @@ def run(options: argparse.Namespace) -> None:
             watch=lambda record: _watched(report, config.name, record),
             foretell=None if options.quiet else _foretold,
         )
-    record = outcome.record
+    _show(outcome.record, folder)
+
+
+def resume(options: argparse.Namespace) -> None:
+    """``fedmerge resume``."""
+    folder = Path(options.run)
+    record = read_run(folder)
+    total = _rounds_of(folder)
+    with progress_display(options.quiet, total, 1) as report:
+        outcome = resume_run(folder, watch=lambda line: _watched(report, record.label, line))
+    _show(outcome.record, folder)
+
+
+def _rounds_of(folder: Path) -> int:
+    """How many rounds a run was to have; 1 where its folder does not say, which `resume_run` explains."""
+    serving = read_serving(folder)
+    return 1 if serving is None else serving.options.rounds
+
+
+def _show(record: RunRecord, folder: Path) -> None:
+    """Tables on the screen, and a page in the run's folder."""
     page = write_report([record], folder / "report.html")
     print_table(comparison_table([record]))
     print_tasks([record])
     print_search([record])
+    print_attendance([record])
     out.print(f"run     {folder}\nreport  {page}", markup=False)
 
 

@@ -61,6 +61,12 @@ class Keeping:
         """As of the method."""
         return check_of(self.method)
 
+    @property
+    def silence(self) -> Callable[[Any], Any] | None:
+        """As of the method."""
+        found: Callable[[Any], Any] | None = getattr(self.method, "silence", None)
+        return found
+
     def shared(self, params: Float[Tensor, " P"]) -> Float[Tensor, " S"]:
         """What of a whole vector the method sees."""
         return gathered(params, rest(self.kept, len(params)))

@@ -144,6 +144,11 @@ def _convert(annotation: Any, value: Any) -> Any:
         return tuple(_convert(typing.get_args(annotation)[0], item) for item in value)
     if annotation in (int, float):
         return _convert_number(annotation, value)
+    return _convert_object(annotation, value)
+
+
+def _convert_object(annotation: Any, value: Any) -> Any:
+    origin = typing.get_origin(annotation)
     if dataclasses.is_dataclass(annotation) and isinstance(value, Mapping):
         return _convert_table(annotation, value)
     if isinstance(value, origin or annotation) and not (isinstance(value, bool) and annotation is not bool):

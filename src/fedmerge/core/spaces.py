@@ -6,8 +6,8 @@ averages of the products B A, always or as long as the two differ by much. How m
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -79,6 +79,12 @@ class InSpace:
     def check_reply(self) -> Check | None:
         """As of the method."""
         return check_of(self.algorithm)
+
+    @property
+    def silence(self) -> Callable[[Spaced], Spaced] | None:
+        """As of the method."""
+        inner = getattr(self.algorithm, "silence", None)
+        return None if inner is None else lambda state: replace(state, method=inner(state.method))
 
     # ---------------------------------------------------------------- server
 

@@ -103,7 +103,7 @@ class _Entry:
 
     def may_grow(self) -> bool:
         """Whether later rounds may go to the disk with it. Round 0 goes alone: no round follows it unchecked."""
-        return 0 < self.lines[0].round and len(self.lines) < _MOST_BEHIND
+        return self.lines[0].round > 0 and len(self.lines) < _MOST_BEHIND
 
 
 class Book:

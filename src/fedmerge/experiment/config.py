@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -154,7 +155,8 @@ def parse_value(text: str) -> Any:
         parsed = tomllib.loads(f"value = {text}")
     except (ValueError, RecursionError):
         return text
-    return parsed["value"] if len(parsed) == 1 else text  # a line break could begin another key
+    value = parsed["value"] if len(parsed) == 1 else text  # a line break could begin another key
+    return text if isinstance(value, float) and not math.isfinite(value) else value  # no option is NaN; a name may be
 
 
 def override(table: Mapping[str, Any], assignments: Sequence[str]) -> Table:

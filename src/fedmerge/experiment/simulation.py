@@ -19,7 +19,7 @@ from fedmerge.core.errors import FedmergeError, UsageError
 from fedmerge.core.keeping import keeping, travelling
 from fedmerge.core.protocol import Algorithm, Batches, Federation
 from fedmerge.core.randomness import fresh_module_randomness
-from fedmerge.core.replies import Refusal
+from fedmerge.core.replies import Refusal, reasons_text
 from fedmerge.core.spaces import in_space
 from fedmerge.core.text import printable
 from fedmerge.core.vector import Layout, layout_of
@@ -34,8 +34,10 @@ from fedmerge.experiment.federation import (
     make_module,
 )
 from fedmerge.experiment.participation import Presence, Turnout, presence_of, turnout
+from fedmerge.experiment.privacy_check import privacy_of
 from fedmerge.experiment.record import RoundRecord, Scores
 from fedmerge.experiment.trial import check_module, choose_engine, runtime_for
+from fedmerge.privacy import PrivacyForecast
 from fedmerge.runtime import (
     Engine,
     Fleet,
@@ -67,6 +69,7 @@ class Setup:
         passes: [N] training examples that each client passes in a round.
         presence: When clients can be asked, if a trace says so.
         attackers: Clients that lie.
+        privacy: What the run claims, if it is a private one.
     """
 
     algorithm: Algorithm[Any]
@@ -81,6 +84,7 @@ class Setup:
     passes: tuple[int, ...] = ()
     presence: Presence | None = None
     attackers: tuple[int, ...] = ()
+    privacy: PrivacyForecast | None = None
 
 
 @dataclass(frozen=True)
@@ -134,6 +138,7 @@ def prepare(
     draw = drawer(model, data, options.seed, layout, dtype)
     spaced = in_space(algorithm, travelling(layout, options.keep), options.merging)
     played = keeping(guarded(spaced, options.defences), layout, options.keep)
+    privacy = privacy_of(algorithm, played, travelling(layout, options.keep), options, len(data.clients))
     state = played.init(draw, facts, options.seed)
     start = draw(0)
     N = len(data.clients)
@@ -156,6 +161,7 @@ def prepare(
         passes=tuple(training.passes(client.num_train) for client in data.clients),
         presence=presence_of(options.participation, [client.name for client in data.clients]),
         attackers=attackers(options.attack, N, options.seed),
+        privacy=privacy,
     )
     return setup, Progress(state, fleet, 0)
 
@@ -234,6 +240,10 @@ def _meeting(setup: Setup, turned_out: Turnout, number: int) -> Meeting:
     )
 
 
+_NAMED = 5
+"""Clients that a message names."""
+
+
 def _too_late(turned_out: Turnout) -> list[Refusal]:
     """What the gate says of replies after the deadline, which a simulation need not compute."""
     return [Refusal(i, "late", "the reply came after the deadline of the round") for i in sorted(turned_out.late)]
@@ -241,10 +251,20 @@ def _too_late(turned_out: Turnout) -> list[Refusal]:
 
 def _tell(setup: Setup, record: RoundRecord, refusals: Sequence[Refusal]) -> None:
     """Says aloud what was refused and that a round was abandoned."""
-    names = setup.data.clients
-    for refusal in refusals:
-        who = "?" if refusal.client is None else names[refusal.client].name
-        log.warning("round %d: reply of %s refused: %s", record.round, printable(who), refusal.detail)
+    if refusals:
+        names = [
+            "?" if refusal.client is None else printable(setup.data.clients[refusal.client].name)
+            for refusal in refusals[:_NAMED]
+        ]
+        more = " ..." if len(refusals) > _NAMED else ""
+        log.warning(
+            "round %d: replies refused (%s) of %s%s; for example %s",
+            record.round,
+            reasons_text(refusals),
+            ", ".join(names),
+            more,
+            refusals[0].detail,
+        )
     if record.abandoned:
         log.warning(
             "round %d abandoned: %d of %d clients replied, %s needed; the models stay as they were",

@@ -1,5 +1,6 @@
 """From run records to tables, figures and one page: per client first, everything else derived from that."""
 
+from fedmerge.report.attendance import attendance_table
 from fedmerge.report.page import write_report
 from fedmerge.report.privacy import Privacy, privacy
 from fedmerge.report.privacy_page import write_privacy
@@ -12,6 +13,7 @@ __all__ = [
     "Column",
     "Privacy",
     "Table",
+    "attendance_table",
     "clients_frame",
     "comparison_table",
     "privacy",

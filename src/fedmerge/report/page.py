@@ -10,6 +10,7 @@ from fedmerge.core.errors import UsageError
 from fedmerge.core.files import write_atomically
 from fedmerge.experiment.record import RunRecord
 from fedmerge.report import parts
+from fedmerge.report.attendance import study_attendance
 from fedmerge.report.averaging import averaging_errors
 from fedmerge.report.document import document
 from fedmerge.report.explain import explained
@@ -114,6 +115,7 @@ def _chapters(study: Study) -> dict[str, Markup]:
     return {
         **results,
         "Client by client": clients,
+        "Attendance": join(*(parts.table(table) for table in study_attendance(study))),
         "What the models write": _samples(study),
         "Merging weights": _weights(study),
         "Who shares what, and what each model is for": _explained(study),

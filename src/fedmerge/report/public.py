@@ -54,6 +54,9 @@ def _redacted_round(record: RoundRecord, order: Sequence[int]) -> RoundRecord:
     return dataclasses.replace(
         record,
         mixing=None,
+        cohort=(),
+        dropped=(),
+        refused=(),
         state=_single_facts(record.state),
         validation=_ordered_scores(record.validation, order),
         test=_ordered_scores(record.test, order),
