@@ -97,9 +97,13 @@ def truncate(path: Path, length: int) -> None:
     """
     if not path.exists():
         return
-    with _naming(path), path.open("rb+") as file:
-        file.truncate(length)
-        os.fsync(file.fileno())
+    with _naming(path):
+        descriptor = os.open(path, os.O_WRONLY)
+        try:
+            os.ftruncate(descriptor, length)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def make_folder(folder: Path) -> None:

@@ -11,6 +11,7 @@ from fedmerge.algorithms import ALGORITHMS
 from fedmerge.core.errors import FedmergeError, UsageError
 from fedmerge.data import FederatedData
 from fedmerge.experiment.book import Book, held, standing
+from fedmerge.experiment.checkpoint import remove_all
 from fedmerge.experiment.config import Config, build_config, read_toml
 from fedmerge.experiment.execute import Journey, Outcome, Watcher, play
 from fedmerge.experiment.federation import load_data
@@ -38,9 +39,9 @@ def resume_run(
         UsageError: if the run is finished or in use, or what it was made from is not there or has changed.
         FedmergeError: if the folder is damaged.
     """
-    refuse_finished(folder)
+    read_run_alone(folder)  # refuses what is no run before anything is written there
     with held(folder):
-        refuse_finished(folder)  # again: it may have ended before the folder was ours
+        refuse_finished(folder)
         record = read_run_alone(folder)
         method, training, options, recipe, clients = _asked(folder, record, data, model)
         if clients.sha256() != record.data_sha256:
@@ -62,8 +63,9 @@ def resume_run(
 
 
 def refuse_finished(folder: Path) -> None:
-    """Raises UsageError if a run needs no more rounds."""
+    """Raises UsageError if a run needs no more rounds; it may have been killed before it removed its checkpoints."""
     if read_run_alone(folder).status == "finished":
+        remove_all(folder)
         record = read_run(folder)
         raise UsageError(
             f"run {record.label!r} (seed {record.seed}) is finished after {record.last().round} rounds; there is "
