@@ -7,6 +7,7 @@ chosen on seed 0; the table is of other seeds.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -32,7 +33,7 @@ RUN: dict[str, Any] = {
 }
 
 
-def accuracy(method: dict[str, object], seed: int) -> tuple[float, int]:
+def accuracy(method: Mapping[str, object], seed: int) -> tuple[float, int]:
     record = fedmerge.run_config({**RUN, "method": method, "seed": seed}).record
     last = record.last()
     assert last.test is not None
