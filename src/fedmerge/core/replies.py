@@ -31,21 +31,21 @@ REASONS: tuple[str, ...] = get_args(Reason)
 
 @dataclass(frozen=True)
 class Reply:
-    """What arrives from a client.
+    """What arrives from a client. Until the gate has admitted it, its fields may hold anything.
 
     Attributes:
-        run: Identity of the run that it answers.
+        run: Identity of the run that it answers, a text.
         round: Number of the round, counted from 1.
         client: The client's index.
         num_examples: Training examples that it says it has.
-        tensors: The parts of its update by name.
+        tensors: The parts of its update by name, a mapping of texts to tensors.
     """
 
-    run: str
-    round: int
-    client: int
-    num_examples: int
-    tensors: Mapping[str, Tensor]
+    run: Any
+    round: Any
+    client: Any
+    num_examples: Any
+    tensors: Any
 
 
 @dataclass(frozen=True)
