@@ -52,6 +52,7 @@ def test_a_client_may_be_told_by_its_absence():
 
 def test_a_shift_of_one_clip_is_the_claim():
     assert epsilon_of_shift(1 / 0.8, 0.3, 4, DELTA) == epsilon(0.8, 0.3, 4, DELTA)
+    assert epsilon_of_shift(0.8, 0.3, 4, DELTA) == epsilon(1 / 0.8, 0.3, 4, DELTA)
     assert epsilon_of_shift(0.0, 0.3, 4, DELTA) == 0
 
 

@@ -170,4 +170,5 @@ def test_the_denominator_is_the_expected_share_of_a_model():
 def test_signal_to_noise_by_hand():
     """25 clients, noise of length z√P = 2·√100."""
     assert signal_to_noise(25.0, noise_multiplier=2.0, num_params=100) == 25 / 20
+    assert signal_to_noise(25.0, noise_multiplier=0.05, num_params=100) == 25 / 0.5
     assert signal_to_noise(25.0, noise_multiplier=0.0, num_params=100) == math.inf

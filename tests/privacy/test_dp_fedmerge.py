@@ -17,6 +17,7 @@ from fedmerge.core.soup import Soup, mixing
 from fedmerge.core.sums import along
 from fedmerge.runtime import Meeting, Vectorised, run_round
 from fedmerge.runtime.rounds import everyone
+from fedmerge.training import ModuleTask
 from small_federation import small
 
 FEDERATION = small()
@@ -172,11 +173,11 @@ def test_models_start_from_public_draws():
 
 
 def test_training_is_pulled_towards_what_was_received():
-    (plain, _), (pulled, _) = (
-        FEDERATION.play(DpFedMerge(num_models=1, noise_multiplier=0.0, proximal=p), 1) for p in (0.0, 5.0)
-    )
-    start = FEDERATION.draw(0)
-    assert float((pulled.soup.models[0] - start).norm()) < float((plain.soup.models[0] - start).norm())
+    """Twice proximal, the slope of proximal · ‖θ − start‖²."""
+    method, task = DpFedMerge(proximal=0.7), ModuleTask(FEDERATION.network(), FEDERATION.layout, FEDERATION.descent)
+    steps, start = FEDERATION.batches([0], 1)[0], FEDERATION.draw(0)
+    found, _ = method.train(start, (), steps, task)
+    assert torch.equal(found.delta, start - task.train(start, steps, pull=1.4))
 
 
 def test_with_noise_vectorised_equals_sequential():

@@ -99,6 +99,35 @@ def test_without_noise_and_clipping_it_is_plain_training_on_the_same_batches(fed
     assert not torch.equal(ours, params)
 
 
+def test_weights_that_a_method_gives_its_examples_count():
+    """Without a limit the gradient of a reweighted batch is the plain one's, in the vector's own precision."""
+    drawn = unlimited(batches())
+    plain, private = task_of(drawn)
+    params, batch = FEDERATION.draw(0), drawn[0]
+    uneven = batch._replace(weight=torch.linspace(0.1, 0.9, len(batch.targets), dtype=torch.float64))
+    found = private.gradient(params, uneven).gradient
+    torch.testing.assert_close(found, plain.gradient(params, uneven).gradient, **CLOSE)
+
+
+def test_precision_is_that_of_the_vector():
+    narrow = small(torch.float32)
+    drawn = batches(narrow)
+    _, private = task_of(drawn, narrow)
+    assert private.gradient(narrow.draw(0), drawn[0]).gradient.dtype == torch.float32
+
+
+def test_the_pull_goes_where_it_is_told_and_is_none_by_default():
+    params, centre = FEDERATION.draw(0), FEDERATION.draw(1)
+    drawn = unlimited(batches())
+    for given in ({}, {"pull": 0.4, "towards": centre}):
+        plain, private = task_of(drawn)
+        wanted = plain.train(params, tuple(drawn), **given)
+        torch.testing.assert_close(private.train(params, drawn, **given), wanted, **CLOSE)
+        plain, private = task_of(drawn)
+        found = private.descend(params, drawn, private.gradient, **given)
+        torch.testing.assert_close(found, wanted, **CLOSE)
+
+
 def test_one_example_moves_a_step_by_the_clip_at_most():
     examples = FEDERATION.data[0]
     gradients, params = ExampleGradients(FEDERATION.network(), FEDERATION.layout), FEDERATION.draw(0)
