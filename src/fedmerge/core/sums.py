@@ -1,7 +1,8 @@
-"""Sums over clients and over parameters, in float64 and in blocks of columns.
+"""Sums over clients and over parameters, in float64 and in blocks of rows and columns.
 
 Clients come in client-id order (see `fedmerge.core.protocol.deliver`), so a sum does not depend on who answered
-first. Blocks keep the float64 copies small; a column's sum never depends on the block it is in.
+first. Blocks keep the float64 copies small, however many clients there are; a column's sum never depends on the block
+of columns it is in, and up to `ROWS` clients make one block.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 BLOCK = 1 << 13
+ROWS = 256
 
 
-def _blocks(length: int) -> Iterator[slice]:
-    for start in range(0, length, BLOCK):
-        yield slice(start, min(start + BLOCK, length))
+def _blocks(length: int, size: int = BLOCK) -> Iterator[slice]:
+    for start in range(0, length, size):
+        yield slice(start, min(start + size, length))
 
 
 def weighted_sum(weights: Float[Tensor, "C d"], vectors: Float[Tensor, "C P"]) -> Float[Tensor, "d P"]:
@@ -29,7 +31,10 @@ def weighted_sum(weights: Float[Tensor, "C d"], vectors: Float[Tensor, "C P"]) -
     rows = weights.double().T
     total = torch.empty(weights.shape[1], vectors.shape[1], dtype=torch.float64, device=vectors.device)
     for block in _blocks(vectors.shape[1]):
-        total[:, block] = rows @ vectors[:, block].double()
+        total[:, block] = rows[:, :ROWS] @ vectors[:ROWS, block].double()
+        for later in _blocks(len(vectors), ROWS):
+            if later.start:
+                total[:, block] += rows[:, later] @ vectors[later, block].double()
     return total
 
 
@@ -37,7 +42,9 @@ def inner_products(left: Float[Tensor, "n P"], right: Float[Tensor, "m P"]) -> F
     """All ⟨left_i, right_j⟩ in float64."""
     total = torch.zeros(len(left), len(right), dtype=torch.float64, device=left.device)
     for block in _blocks(left.shape[1]):
-        total += left[:, block].double() @ right[:, block].double().T
+        wide = right[:, block].double().T
+        for some in _blocks(len(left), ROWS):
+            total[some] += left[some, block].double() @ wide
     return total
 
 
@@ -68,7 +75,8 @@ def squared_norms(vectors: Float[Tensor, "n P"]) -> Float[Tensor, " n"]:
     """‖v_i‖² in float64."""
     total = torch.zeros(len(vectors), dtype=torch.float64, device=vectors.device)
     for block in _blocks(vectors.shape[1]):
-        total += vectors[:, block].double().square().sum(dim=1)
+        for some in _blocks(len(vectors), ROWS):
+            total[some] += vectors[some, block].double().square().sum(dim=1)
     return total
 
 
