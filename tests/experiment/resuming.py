@@ -10,11 +10,19 @@ from typing import Any
 import pytest
 
 from fedmerge.data import FederatedData
-from fedmerge.experiment.config import Config
+from fedmerge.experiment.config import Config, build_config
 from fedmerge.experiment.execute import execute_config
 from fedmerge.experiment.record import read_run
 from fedmerge.experiment.resume import resume_run
 from fedmerge.experiment.simulation import rounds
+from small import small
+
+ROUNDS = 3
+
+
+def config_of(method: Any = "fedmerge", **changes: Any) -> Config:
+    """A run of three rounds whose numbers move."""
+    return build_config(small(method, rounds=ROUNDS, training={"epochs": 1, "lr": 0.3}, **changes))
 
 
 def left_behind(folder: Path) -> dict[str, Any]:
@@ -43,14 +51,19 @@ def stopped_at(
     folder: Path, config: Config, at: int, monkeypatch: pytest.MonkeyPatch, data: FederatedData | None = None
 ) -> None:
     """Begins a run, or goes on with it, and stops it after a round."""
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr("fedmerge.experiment.execute.rounds", stopping_after(at))
-        if folder.exists():
-            resume_run(folder)
-        else:
-            execute_config(config, data=data, folder=folder)
+        with pytest.raises(KeyboardInterrupt):
+            _go_on(folder, config, data)
     assert read_run(folder).status == "interrupted"
     assert read_run(folder).rounds[-1].round == at
+
+
+def _go_on(folder: Path, config: Config, data: FederatedData | None) -> None:
+    if folder.exists():
+        resume_run(folder)
+    else:
+        execute_config(config, data=data, folder=folder)
 
 
 def stopped_everywhere(

@@ -200,12 +200,15 @@ class Book:
             self._pages.save(self._noted)
 
     def close(self) -> None:
-        """Ends the thread and removes the checkpoints: the run is finished."""
+        """Ends the thread and removes the checkpoints: the run is finished, also where they cannot be removed."""
         with self._change:
             self._closed = True
             self._change.notify_all()
         self._thread.join()
-        checkpoint.remove_all(self._pages.folder)
+        try:
+            checkpoint.remove_all(self._pages.folder)
+        except OSError as error:
+            log.warning("cannot remove the checkpoints of a finished run: %s", error)
 
 
 _MOST_BEHIND = 64

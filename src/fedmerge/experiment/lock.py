@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fedmerge.core.errors import UsageError
@@ -35,10 +35,9 @@ def run_lock(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        try:
+        with suppress(OSError):  # the file itself holds nobody up
             (folder / NAME).unlink(missing_ok=True)  # while it is held: whoever waits for it sees that it is gone
-        finally:
-            os.close(descriptor)
+        os.close(descriptor)
 
 
 def _taken(path: Path) -> int:
