@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from resuming import left_behind, stopped_at, stopped_everywhere
+from resuming import ROUNDS, config_of, left_behind, stopped_at, stopped_everywhere
 from torch import nn
 
 from fedmerge.algorithms import ALGORITHMS
@@ -21,7 +21,6 @@ from fedmerge.experiment.record import RoundRecord, read_run
 from fedmerge.experiment.resume import resume_run
 from fedmerge.experiment.simulation import prepare, rounds
 from fedmerge.training import LocalTraining
-from small import small
 
 CNN = {"name": "cnn", "channels": [4], "norm": "batch"}
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import tomli_w
+from resuming import config_of, left_behind, stopped_at
 
 from fedmerge.core.errors import FedmergeError, UsageError
 from fedmerge.data import FederatedData
@@ -19,8 +20,6 @@ from fedmerge.experiment.execute import execute_config
 from fedmerge.experiment.federation import load_data
 from fedmerge.experiment.resume import resume_run
 from fedmerge.training import LocalTraining
-from resuming import config_of, left_behind, stopped_at
-
 
 # ---------------------------------------------------------------- what is refused
 
