@@ -55,7 +55,7 @@ def world(seed: int, clients: int = 4) -> World:
 
 
 def _with(reply: Reply, tensor: object) -> Reply:
-    return replace(reply, tensors={"delta": tensor})  # type: ignore[dict-item]
+    return replace(reply, tensors={"delta": tensor})
 
 
 def _anywhere(reply: Reply, rng: Rng, value: float) -> Reply:

@@ -2,40 +2,30 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import nn
 
-from fedmerge.algorithms import ALGORITHMS
 from fedmerge.core.errors import UsageError
-from fedmerge.core.options import build_options, option_fields
 from fedmerge.core.protocol import Algorithm
-from fedmerge.core.registry import Registry
-from fedmerge.data import PARTITIONS, SOURCES, FederatedData, check_federation
+from fedmerge.data import FederatedData
 from fedmerge.data.sources import Source
 from fedmerge.experiment.comparison import refuse_taken
 from fedmerge.experiment.config import (
     Config,
-    RunOptions,
     build_config,
-    check_label,
-    default_partition,
-    spelled_out,
-    unknown_option,
 )
 from fedmerge.experiment.execute import Outcome, Watcher, execute, execute_config
-from fedmerge.experiment.federation import load_data
 from fedmerge.experiment.record import RoundRecord, RunRecord, read_run
 from fedmerge.experiment.resume import resume_run
 from fedmerge.experiment.simulation import prepare
 from fedmerge.exporting import Exported, client_of, export_client, trained_of_folder, trained_of_outcome
-from fedmerge.models import NETWORKS, Network
+from fedmerge.models import Network
 from fedmerge.onboarding import Onboarded, onboard_server, server_of_folder, server_of_outcome
+from fedmerge.request import Dealer, Request, dealer_of, faults_of_lists, known_model, request_of, variant_of
 from fedmerge.results import Comparison, Run
 from fedmerge.training import LocalTraining
 
@@ -45,8 +35,6 @@ Partition = str | Mapping[str, Any] | Any | None
 Model = str | Mapping[str, Any] | nn.Module | Callable[..., nn.Module] | Network
 Method = str | Mapping[str, Any] | Algorithm[Any]
 Training = LocalTraining | Mapping[str, Any] | None
-Dealer = Callable[[int, Any], FederatedData]
-"""The clients of a seed, for a model: texts are read as it reads them."""
 
 
 def run(
@@ -85,11 +73,12 @@ def run(
     'finished'
     """
     faults: list[str] = []
-    deal = _dealer(data, partition, faults)
-    request = _request(method, model, training, options, label=label, faults=faults)
+    deal = dealer_of(data, partition, faults)
+    request = request_of(method, model, training, options, label=label, faults=faults)
     if request is None or faults:
         raise UsageError("\n".join(faults))
-    return _start(request, deal(request.options.seed, request.model), None if out is None else Path(out), watch)
+    clients = deal.clients(request.options.seed, request.model)
+    return _start(request, deal, clients, None if out is None else Path(out), watch)
 
 
 def compare(
@@ -122,11 +111,12 @@ def compare(
         UsageError: naming every fault of the request; nothing has been trained or written then.
         DataError: if the data cannot be used.
     """
-    faults = _faults_of_lists(methods, seeds, options)
-    deal = _dealer(data, partition, faults)
+    faults = faults_of_lists(methods, seeds, options)
+    deal = dealer_of(data, partition, faults)
     if faults:
         raise UsageError("\n".join(faults))
-    requests = [_variant(method, model, training, {**options, "seed": s}, faults) for s in seeds for method in methods]
+    asked = [(method, {**options, "seed": seed}) for seed in seeds for method in methods]
+    requests = [variant_of(method, model, training, own, faults) for method, own in asked]
     ready = [request for request in requests if request is not None]
     names = [request.name for request in ready]
     faults += [f"two runs are called {n!r}; give each method a `label` of its own" for n in names if names.count(n) > 1]
@@ -135,56 +125,7 @@ def compare(
     return Comparison(_run_all(ready, deal, None if out is None else Path(out), watch))
 
 
-@dataclass(frozen=True)
-class _Request:
-    """One run, checked but for what only the data can tell."""
-
-    method: Algorithm[Any]
-    model: Any
-    training: LocalTraining
-    options: RunOptions
-    label: str
-
-    @property
-    def name(self) -> str:
-        return f"{self.label}-seed{self.options.seed}"
-
-
-def _request(
-    method: Any, model: Any, training: Any, options: Mapping[str, Any], *, label: Any, faults: list[str]
-) -> _Request | None:
-    """The run that the arguments describe; None if there is a fault."""
-    before = len(faults)
-    known = option_fields(RunOptions)
-    faults += [
-        unknown_option(key, [*known, "training", "partition", "label", "out"]) for key in options if key not in known
-    ]
-    run_options = build_options(RunOptions, {k: v for k, v in options.items() if k in known}, "run", faults)
-    local = _built_training(training, faults)
-    chosen_model = model if isinstance(model, nn.Module) or _is_function(model) else _built(NETWORKS, model, faults)
-    chosen_method = _built(ALGORITHMS, method, faults)
-    check_label(label, faults)
-    if len(faults) > before or run_options is None or local is None:
-        return None
-    return _Request(chosen_method, chosen_model, local, run_options, label or ALGORITHMS.name_of(chosen_method))
-
-
-def _variant(method: Any, model: Any, training: Any, options: Mapping[str, Any], faults: list[str]) -> _Request | None:
-    """The run of one method of a comparison, whose table may hold a label and training options of its own."""
-    if not isinstance(method, Mapping):
-        return _request(method, model, training, options, label="", faults=faults)
-    bare = {key: value for key, value in method.items() if key not in ("label", "training")}
-    own = _merged(training, method.get("training"))
-    return _request(bare, model, own, options, label=method.get("label", ""), faults=faults)
-
-
-def _merged(shared: Any, own: Any) -> Any:
-    """Training options with a method's own in place of the shared ones."""
-    plain = dataclasses.asdict(shared) if isinstance(shared, LocalTraining) else shared or {}
-    return {**plain, **own} if isinstance(plain, Mapping) and isinstance(own, Mapping) else own or plain
-
-
-def _start(request: _Request, data: FederatedData, folder: Path | None, watch: Watcher | None) -> Run:
+def _start(request: Request, deal: Dealer, data: FederatedData, folder: Path | None, watch: Watcher | None) -> Run:
     return Run(
         execute(
             request.method,
@@ -195,12 +136,13 @@ def _start(request: _Request, data: FederatedData, folder: Path | None, watch: W
             label=request.label,
             folder=folder,
             watch=watch,
+            config=deal.config_of(request),
         )
     )
 
 
 def _run_all(
-    requests: Sequence[_Request],
+    requests: Sequence[Request],
     deal: Dealer,
     out: Path | None,
     watch: Callable[[str, int, RoundRecord], None] | None,
@@ -209,93 +151,18 @@ def _run_all(
     if out is not None:
         refuse_taken([request.name for request in requests], out)
     seed = requests[0].options.seed
-    data = deal(seed, requests[0].model)
+    data = deal.clients(seed, requests[0].model)
     for request in (request for request in requests if request.options.seed == seed):
         prepare(request.method, data, request.model, request.training, request.options)
     records = []
     for request in requests:
         if request.options.seed != seed:
             seed = request.options.seed
-            data = deal(seed, request.model)
+            data = deal.clients(seed, request.model)
         folder = None if out is None else out / request.name
         tell = None if watch is None else partial(watch, request.label, seed)
-        records.append(_start(request, data, folder, tell).record)
+        records.append(_start(request, deal, data, folder, tell).record)
     return tuple(records)
-
-
-def _faults_of_lists(methods: Any, seeds: Any, options: Mapping[str, Any]) -> list[str]:
-    faults = [
-        f"{key}: got one for a comparison; give {instead}"
-        for key, instead in (("seed", "`seeds`"), ("label", "each method a table with a `label`"))
-        if key in options
-    ]
-    for name, given, what in (("methods", methods, "methods"), ("seeds", seeds, "whole numbers")):
-        if isinstance(given, (str, Mapping)) or not isinstance(given, Sequence) or not given:
-            faults.append(f"{name}: got {given!r}; expected a list of {what}, at least one")
-        elif name == "seeds" and any(list(given).count(seed) > 1 for seed in given):
-            faults.append(f"seeds: got {list(given)}; expected each once")
-    return faults
-
-
-def _is_function(model: Any) -> bool:
-    """Whether it makes modules: any function or class, but for the class of a recipe."""
-    return callable(model) and not (isinstance(model, type) and dataclasses.is_dataclass(model))
-
-
-_WORKS: dict[str, str] = {"source": "load", "partition": "split", "model": "build", "method": "receive"}
-"""What an object of each kind can do."""
-
-
-def _built(registry: Registry[Any], value: Any, faults: list[str]) -> Any:
-    """The object that a name or table stands for, or the object itself."""
-    kind = registry.what
-    value = spelled_out(kind, value)
-    if isinstance(value, str):
-        return registry.build({"name": value}, kind, faults)
-    if isinstance(value, Mapping):
-        return registry.build(value, kind, faults)
-    if isinstance(value, type) or not dataclasses.is_dataclass(value) or not hasattr(value, _WORKS[kind]):
-        also = {"model": ", a torch.nn.Module, a function that makes one,", "source": ", your own clients"}.get(
-            kind, ""
-        )
-        faults.append(
-            f"{kind}: got {_brief(value)}; expected a name, a table with a name and options{also} or a {kind} object. "
-            f"Names: {', '.join(registry)}"
-        )
-    return value
-
-
-def _brief(value: Any) -> str:
-    return f"the class {value.__name__} itself" if isinstance(value, type) else f"a {type(value).__name__}"
-
-
-def _built_training(training: Any, faults: list[str]) -> LocalTraining | None:
-    if isinstance(training, LocalTraining):
-        return training
-    if training is not None and not isinstance(training, Mapping):
-        faults.append(f"training: got {_brief(training)}; expected a table or a LocalTraining")
-        return None
-    return build_options(LocalTraining, training or {}, "training", faults)
-
-
-def _dealer(data: Any, partition: Any, faults: list[str]) -> Dealer:
-    """How the clients of a seed come about; your own are the same for every seed."""
-    if isinstance(data, FederatedData):
-        if partition is not None:
-            faults.append("partition: got one for your own clients, who have their items already; leave it out")
-        return lambda *_: _checked(data)
-    source = _built(SOURCES, data, faults)
-    default = default_partition(SOURCES.name_of(source))
-    wanted = default if partition is None else partition
-    if isinstance(wanted, Mapping) and "name" not in wanted:
-        wanted = {**default, **wanted}
-    dealt = _built(PARTITIONS, wanted, faults)
-    return lambda seed, model: load_data(source, dealt, seed, model)
-
-
-def _checked(data: FederatedData) -> FederatedData:
-    check_federation(data)
-    return data
 
 
 def run_config(table: Mapping[str, Any], *, out: Path | str | None = None, watch: Watcher | None = None) -> Run:
@@ -319,7 +186,7 @@ def resume(
             arguments.
         FedmergeError: if the folder is damaged.
     """
-    return Run(resume_run(Path(folder), data=data, model=None if model is None else _known_model(model), watch=watch))
+    return Run(resume_run(Path(folder), data=data, model=None if model is None else known_model(model), watch=watch))
 
 
 def load_run(folder: Path | str) -> RunRecord:
@@ -409,16 +276,8 @@ def _read(run: Any, model: Any, of_outcome: Callable[[Outcome], T], of_folder: C
             raise UsageError("model: got one for a Run object, which has its network already; leave it out")
         return of_outcome(run.outcome)
     if isinstance(run, (str, Path)):
-        return of_folder(Path(run), None if model is None else _known_model(model))
+        return of_folder(Path(run), None if model is None else known_model(model))
     raise UsageError(f"run: got a {type(run).__name__}; expected a Run or the path of a run folder")
-
-
-def _known_model(model: Any) -> Any:
-    faults: list[str] = []
-    known = model if isinstance(model, nn.Module) or _is_function(model) else _built(NETWORKS, model, faults)
-    if faults:
-        raise UsageError("\n".join(faults))
-    return known
 
 
 __all__ = [
