@@ -132,13 +132,17 @@ def forked(work: Callable[[Callable[[str], None]], int], said: Path | None = Non
             descriptor = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
             os.dup2(descriptor, 1)
             os.dup2(descriptor, 2)
-        code = work(lambda line: os.write(writing, f"{line}\n".encode()) and None)
+        code = work(lambda line: _said(writing, line))
     except BaseException:
         traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def _said(descriptor: int, line: str) -> None:
+    os.write(descriptor, f"{line}\n".encode())
 
 
 def tell_announced(tell: Callable[[str], None]) -> None:
@@ -151,7 +155,7 @@ def tell_announced(tell: Callable[[str], None]) -> None:
             tell(str(line.round))
         return lines
 
-    Book.written = told  # type: ignore[method-assign]
+    Book.written = told  # type: ignore[method-assign, assignment]
 
 
 def begun(world: World, folder: Path, before: Callable[[], None] = lambda: None, said: Path | None = None) -> Child:

@@ -6,21 +6,26 @@ Run from the repository's root, as root (loop mounts)::
 
 The run's folder is on an ext4 file system (data=ordered) in a file of its own. What the copy of that file holds is
 what the file system had sent to its disk; what only was in memory is missing, as after a power cut. The copy is made
-right after a round was announced; it is mounted, which replays its journal, and the run is resumed there. Then the
-same with fsync taken out of the children, which shows that the check can fail.
+right after a round was announced, with the child stopped for that moment and nothing synced: a copy made while the file
+system writes would mix moments, old inode tables with a journal that has moved on. It is mounted, which replays its
+journal, and the run is resumed there. Then the same with fsync taken out of the children, which shows that the check
+can fail.
 """
 
 from __future__ import annotations
 
 import argparse
+import filecmp
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from crash import RESULTS, World, begun, can_go_on, left_behind, lost, page, resumed, timed, warm
+from crash import RESULTS, Child, World, begun, can_go_on, left_behind, lost, page, resumed, timed, warm
 
 from fedmerge.core.randomness import generator
 
@@ -64,6 +69,14 @@ def without_fsync() -> None:
     os.fsync = lambda _: None  # type: ignore[assignment]
 
 
+def _frozen(child: Child) -> None:
+    """Stops a child where it is, as a power cut does; a copy made while it writes would be of no moment at all."""
+    os.kill(child.process, signal.SIGSTOP)
+    threads = Path(f"/proc/{child.process}/task")
+    while any((path / "stat").read_text().rpartition(")")[2].split()[0] != "T" for path in threads.iterdir()):
+        time.sleep(0.001)
+
+
 def cut(world: World, room: Path, after: int, *, careless: bool) -> tuple[list[int], Path]:
     """Runs until a round is announced and copies the image at once; what was announced, and the copy."""
     image, copy, place = room / "disk.img", room / "copy.img", room / "disk"
@@ -74,8 +87,11 @@ def cut(world: World, room: Path, after: int, *, careless: bool) -> tuple[list[i
     child = begun(world, place / "run", without_fsync if careless else lambda: None)
     while after not in child.announced and child.read():
         pass
+    _frozen(child)
     announced = list(child.announced)
     shutil.copyfile(image, copy)
+    while not filecmp.cmp(image, copy, shallow=False):  # the system wrote meanwhile: no moment at all
+        shutil.copyfile(image, copy)
     child.kill()
     child.end()
     unmounted(place)
@@ -114,7 +130,7 @@ def _resumed(world: World, folder: Path, announced: list[int], tally: Tally) -> 
 def main() -> None:
     """Writes the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cuts", type=int, default=20)
+    parser.add_argument("--cuts", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--out", type=Path, default=RESULTS / "power_cut.md")
     options = parser.parse_args()
