@@ -24,6 +24,7 @@ from fedmerge.data import FederatedData
 from fedmerge.experiment.config import build_config, to_table
 from fedmerge.experiment.execute import execute_config
 from fedmerge.experiment.federation import load_data
+from fedmerge.experiment.interrupts import interrupts_held
 from fedmerge.experiment.record import RoundRecord
 
 KEPT_FEDERATIONS = 2
@@ -117,7 +118,8 @@ def _hired() -> _Worker:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before the process imports torch
     ours, theirs = multiprocessing.Pipe()
     process = multiprocessing.get_context("spawn").Process(target=_work, args=(theirs, os.getpid()), daemon=True)
-    process.start()
+    with interrupts_held():  # one that is still importing would answer Ctrl-C with a traceback
+        process.start()
     theirs.close()
     return _Worker(process, ours)
 

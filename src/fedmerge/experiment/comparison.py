@@ -6,6 +6,7 @@ import multiprocessing
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from fedmerge.data import FederatedData
 from fedmerge.experiment.config import Config, Table, build_config
 from fedmerge.experiment.execute import execute_config
 from fedmerge.experiment.federation import load_data
+from fedmerge.experiment.interrupts import interrupts_heard, interrupts_held
 from fedmerge.experiment.record import RoundRecord, RunRecord, read_run
 from fedmerge.experiment.simulation import prepare
 
@@ -167,8 +169,11 @@ def _run_here(job: Job, data: FederatedData, out: Path, report: Report | None) -
 def _spread(jobs: Sequence[Job], out: Path, processes: int, report: Report | None) -> tuple[RunRecord, ...]:
     """Fresh processes work on whole runs; their progress is read from the folders they write."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(processes, len(jobs)), mp_context=context) as pool:
-        futures: list[Future[None]] = [pool.submit(_work, job.table, str(out / job.name)) for job in jobs]
+    stop = context.Event()
+    workers = min(processes, len(jobs))
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(stop,)) as pool:
+        with interrupts_held():  # a worker that is still importing would answer Ctrl-C with a traceback
+            futures: list[Future[None]] = [pool.submit(_work, job.table, str(out / job.name)) for job in jobs]
         try:
             while wait(futures, timeout=_POLL_SECONDS).not_done:
                 _tell(jobs, out, report)
@@ -179,14 +184,27 @@ def _spread(jobs: Sequence[Job], out: Path, processes: int, report: Report | Non
             for future in futures:
                 if future.done():
                     future.result()
+        except BaseException:
+            stop.set()  # runs that lie ready for a worker cannot be cancelled any more
+            raise
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
     return tuple(read_run(out / job.name) for job in jobs)
 
 
+_stops: list[Event] = []
+"""Of this worker process: set when no further run is to begin."""
+
+
+def _begin(stop: Event) -> None:
+    _stops.append(stop)
+
+
 def _work(table: Table, folder: str) -> None:
-    config = build_config(table)
-    execute_config(config, folder=Path(folder))
+    if any(stop.is_set() for stop in _stops):
+        return
+    with interrupts_heard():
+        execute_config(build_config(table), folder=Path(folder))
 
 
 def _tell(jobs: Sequence[Job], out: Path, report: Report | None) -> None:
