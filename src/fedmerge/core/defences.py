@@ -37,7 +37,7 @@ class Defences:
 
     clip: float = option(3.0, at_least=0, help="longest update that is believed, times the clients' median; 0: any")
     max_count: float = option(
-        2.0, at_least=0, help="largest number of examples that is believed, times the clients' median; 0: any"
+        3.0, at_least=0, help="largest number of examples that is believed, times the clients' median; 0: any"
     )
 
     def __post_init__(self) -> None:
