@@ -1,6 +1,8 @@
 """What it costs to write a run down: the same run with and without a folder, interleaved.
 
     python benchmarks/faults/checkpoint_cost.py > benchmarks/results/faults/checkpoint_cost.md
+
+Everything that the run itself computes is the same; the folder lies in the system's place for temporary files.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ def test_an_interrupt_waits_until_the_end_of_the_block() -> None:
 
 def test_an_interrupt_that_waits_comes_where_it_is_heard() -> None:
     done = []
-    with pytest.raises(KeyboardInterrupt), interrupts_held():
+    with pytest.raises(KeyboardInterrupt), interrupts_held():  # noqa: PT012 - as above
         os.kill(os.getpid(), signal.SIGINT)
         with interrupts_heard():
             done.append("too far")
