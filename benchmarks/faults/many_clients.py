@@ -112,9 +112,7 @@ def main(num_clients: int, rounds: int) -> None:
     for what, sizes in (("between rounds", after), ("highest in a round", peaks)):
         cells = (sizes[0], max(sizes[:10]), max(sizes[-10:]), max(sizes))
         print(f"| {what} | {' | '.join(f'{size / 1e6:.1f}' for size in cells)} |")
-    print(
-        f"\nBase: {base / 1e6:.0f} MB (Python, torch, NumPy). Between rounds {after[-1] / num_clients:.0f} B per client."
-    )
+    print(f"\nBase: {base / 1e6:.0f} MB (the libraries). Between rounds {after[-1] / num_clients:.0f} B per client.")
     for what, sizes in (("Between rounds", after), ("Within a round", peaks)):
         print(f"{what}: {'within' if max(sizes) <= limit else 'above'} the limit.")
 
