@@ -17,6 +17,9 @@ REFUSED = [
     ({"rule": "official", "lean": 2.0}, "lean: got 2.0, which has no effect with initial='independent'"),
     ({"num_models": 3, "gate": 0.5}, "gate: got 0.5, which has no effect where d is given by hand"),
     ({"num_models": 3, "max_models": 4}, "max_models: got 4, which has no effect where d is given by hand"),
+    ({"rule": "official", "max_gap": 2.0}, "max_gap: got 2.0 with rule='official', which has none; leave it out"),
+    ({"rule": "official", "max_logit": 5.0}, "max_logit: got 5.0 with rule='official', which has none; leave it out"),
+    ({"max_gap": 0.5}, "max_gap: got 0.5, which every model exceeds; expected 0 or a number > 1"),
     ({"rows": "layer", "scope": "head"}, "scope: got 'head' with rows='layer'; expected 'all' or nothing"),
 ]
 
@@ -47,6 +50,7 @@ def test_a_rule_fills_in_what_the_user_left_out(rule, expected):
     made = FedMerge(rule=rule)
     found = (made.num_models, made.initial, made.scope, made.mixing_lr, made.decay, made.momentum, made.shrinkage)
     assert found == expected
+    assert made.max_gap == (0.0 if rule == "official" else 2.0)
 
 
 def test_a_rule_overrides_nothing_that_the_user_said():
