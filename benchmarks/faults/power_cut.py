@@ -25,7 +25,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from crash import RESULTS, Child, World, begun, can_go_on, left_behind, lost, page, resumed, timed, warm
+from crash import RESULTS, Child, World, begun, can_go_on, is_finished, left_behind, lost, page, resumed, timed, warm
 
 from fedmerge.core.randomness import generator
 
@@ -73,8 +73,16 @@ def _frozen(child: Child) -> None:
     """Stops a child where it is, as a power cut does; a copy made while it writes would be of no moment at all."""
     os.kill(child.process, signal.SIGSTOP)
     threads = Path(f"/proc/{child.process}/task")
-    while any((path / "stat").read_text().rpartition(")")[2].split()[0] != "T" for path in threads.iterdir()):
+    while any(_state(path) not in "TZX" for path in threads.iterdir()):
         time.sleep(0.001)
+
+
+def _state(thread: Path) -> str:
+    """T for one that is stopped, Z or X for one that has ended."""
+    try:
+        return (thread / "stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return "X"
 
 
 def cut(world: World, room: Path, after: int, *, careless: bool) -> tuple[list[int], Path]:
@@ -117,6 +125,8 @@ def one(world: World, room: Path, after: int, whole: str, tally: Tally, *, carel
 
 def _resumed(world: World, folder: Path, announced: list[int], tally: Tally) -> int:
     """Goes on, or begins again where nothing usable is left; announced rounds that were lost."""
+    if can_go_on(folder) and is_finished(folder):
+        return 0
     if can_go_on(folder):
         child = resumed(folder, said=folder.parent.with_name("said"))
         if child.end() == 0:
