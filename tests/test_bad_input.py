@@ -57,7 +57,7 @@ def refused(words: list[str], code: int, *told: str, capsys: Captured) -> None:
         (["run", "fedavg", "local"], ["got several methods (fedavg, local)", "`fedmerge compare` several"]),
         (["run", "rounds=many"], ["run.rounds: got 'many'; expected a whole number >= 1"]),
         (["run", "rounds=1\nseed=2"], ["run.rounds: got '1\\nseed=2'"]),
-        (["run", "training.lr=nan"], ["training.lr: got nan; expected a number > 0"]),
+        (["run", "training.lr=nan"], ["training.lr: got 'nan'; expected a number > 0"]),
         (["run", "training=5"], ["training: got 5; expected a table"]),
         (["run", "rounds.x=5"], ["got 'rounds.x=5'; 'rounds' is a plain value, not a table"]),
         (["run", "=5"], ["expected key=value"]),

@@ -144,8 +144,8 @@ def test_rules_between_fields_are_faults_of_the_table():
     faults = ["an earlier one"]
     assert build_options(Example, {"name": "a"}, "method", faults) is None
     assert faults[1:] == [
-        "method: Example.name: must not be the kind",
-        "method: Example.kind: must not be the name",
+        "method.name: must not be the kind",
+        "method.kind: must not be the name",
     ]
 
 

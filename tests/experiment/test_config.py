@@ -96,12 +96,10 @@ def test_any_options_survive_toml(run: dict[str, Any], training: dict[str, Any],
     table = {**run, "training": training, "method": {"name": "fedmerge", **method}}
     faults: list[str] = []
     if ALGORITHMS.build(table["method"], "method", faults) is None:  # two options that exclude each other
-        assert all("FedMerge" in fault for fault in faults)
+        assert all(fault.startswith("method.") for fault in faults)
         return
     if training.get("optimizer") == "adamw" and training.get("momentum"):
-        assert faults_of(table) == [
-            "training: LocalTraining.momentum: got one for adamw, which has its own; leave it out"
-        ]
+        assert faults_of(table) == ["training.momentum: got one for adamw, which has its own; leave it out"]
         return
     config = build_config(table)
     assert build_config(tomllib.loads(config_text(config))) == config

@@ -238,5 +238,15 @@ def build_options(cls: type[T], table: Mapping[str, Any], where: str, faults: li
     try:
         return cls(**values)
     except UsageError as error:  # rules between fields
-        faults.extend(f"{where}: {line}" for line in str(error).splitlines())
+        faults.extend(_told_of(where, cls.__name__, line) for line in str(error).splitlines())
         return None
+
+
+def _told_of(where: str, name: str, line: str) -> str:
+    """A fault that names the class and its field, as the user knows them.
+
+    >>> _told_of("training", "LocalTraining", "LocalTraining.lr: too high"), _told_of("training", "A", "too high")
+    ('training.lr: too high', 'training: too high')
+    """
+    own = line.removeprefix(f"{name}.")
+    return f"{where}.{own}" if own != line else f"{where}: {line}"

@@ -58,13 +58,20 @@ def read_bounded(path: Path, most_bytes: int = MOST_FILE_BYTES) -> bytes:
 
     Raises:
         OSError: if it cannot be read.
-        ValueError: if it has more than `most_bytes`; then nothing is read.
+        ValueError: if it has more than `most_bytes`; no more than those are read, of a file on a disk none.
     """
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
-        if size > most_bytes:
-            raise ValueError(f"it has {size:,} bytes; expected {most_bytes:,} at most")
-        return file.read(size + 1)[:size]
+        content = bytearray()
+        while size <= most_bytes and (piece := file.read(_PIECE)):  # a pipe does not say how much will come
+            content += piece
+            size = max(size, len(content))
+    if size > most_bytes:
+        raise ValueError(f"it has {size:,} bytes; expected {most_bytes:,} at most")
+    return bytes(content)
+
+
+_PIECE = 2**20
 
 
 def refuse_depth(value: Any) -> None:

