@@ -32,7 +32,7 @@ def test_kills_at_random_lose_nothing(tmp_path: Path) -> None:
 
 
 def test_faults_at_single_calls_lose_nothing(tmp_path: Path) -> None:
-    text = played("every_call.py", "--step", "17", out=tmp_path / "page.md")
+    text = played("every_call.py", "--step", "29", out=tmp_path / "page.md")
     for what in ("new run", "resumption"):
         for fault in ("SIGKILL", "EIO", "ENOSPC"):
             assert f"| {what} | {fault} |" in text
@@ -60,5 +60,5 @@ def test_a_power_cut_loses_nothing_and_without_fsync_it_would(tmp_path: Path) ->
 
 
 def test_of_two_that_want_a_folder_one_gets_it(tmp_path: Path) -> None:
-    text = played("locks.py", "--pairs", "40", "--runs", "4", out=tmp_path / "page.md")
-    assert "| new folder | 20 | 20 | 20 | |" in text
+    text = played("locks.py", "--pairs", "16", "--runs", "2", out=tmp_path / "page.md")
+    assert "| new folder | 8 | 8 | 8 | |" in text
