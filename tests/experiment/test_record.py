@@ -162,9 +162,8 @@ def test_writing_over_a_folder_leaves_nothing_behind(tmp_path: Path) -> None:
 
 def test_a_run_folder_with_anything_in_it_is_refused_untouched(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(UsageError, match="exists and is not empty; nothing was overwritten"):
-        with new_run_folder(tmp_path):
-            pass
+    with pytest.raises(UsageError, match="exists and is not empty; nothing was overwritten"), new_run_folder(tmp_path):
+        pass
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("notes.txt", "mine")]
 
 

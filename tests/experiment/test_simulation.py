@@ -107,7 +107,7 @@ def test_every_method_meets_the_same_cohorts_start_and_batches(method: Any) -> N
     assert found.record.data_sha256 == reference.record.data_sha256
     start = [r.setup.layout.read(r.setup.module) for r in (found, reference)]
     assert torch.equal(*start)
-    cost = found.setup.algorithm.cost(found.progress.state)
+    cost = found.setup.played.cost(found.progress.state)
     for ours, theirs in zip(found.record.rounds, reference.record.rounds, strict=True):
         assert ours.backward == round(theirs.backward * (1 + cost.extra_backward))
 
@@ -154,7 +154,7 @@ def test_a_cosine_schedule_ends_slower_than_a_constant_one() -> None:
     cosine = outcome(rounds=4, training={**shared, "schedule": "cosine"})
 
     def last_step(run: Outcome) -> float:
-        return float(tensors(run)["velocity"].norm())  # without momentum: the last averaged update
+        return float(tensors(run)["method.velocity"].norm())  # without momentum: the last averaged update
 
     # rate of round 4 of 4: 0.1 · (1 + cos(3π/4))/2 = 0.1 · 0.146
     assert last_step(cosine) < 0.3 * last_step(constant)
@@ -184,9 +184,9 @@ def test_fine_tuning_stands_beside_the_plain_result() -> None:
 
 def test_float64_runs_in_float64_throughout() -> None:
     run = outcome(precision="float64")
-    assert tensors(run)["models"].dtype == torch.float64
+    assert tensors(run)["method.models"].dtype == torch.float64
     assert run.setup.data.clients[0].train.inputs.dtype == torch.float64
-    assert tensors(outcome())["models"].dtype == torch.float32
+    assert tensors(outcome())["method.models"].dtype == torch.float32
 
 
 @each_method
@@ -259,10 +259,12 @@ def test_ctrl_c_keeps_what_was_finished(tmp_path: Path) -> None:
         execute_config(build_config(small(rounds=5)), folder=tmp_path / "run", watch=interrupt)
     record = read_run(tmp_path / "run")
     assert record.status == "interrupted"
-    assert [r.round for r in record.rounds] == [0, 1, 2]
-    two_rounds = state_tensors(outcome(rounds=2).progress.state)
+    done = len(record.rounds) - 1  # the run may be ahead of what it has announced
+    assert [r.round for r in record.rounds] == list(range(done + 1))
+    assert 2 <= done <= 5
+    as_far = state_tensors(outcome(rounds=done).progress.state)
     saved = load_file(tmp_path / "run" / "last.safetensors")
-    assert all(torch.equal(saved[f"server.{name}"], tensor) for name, tensor in two_rounds.items())
+    assert all(torch.equal(saved[f"server.{name}"], tensor) for name, tensor in as_far.items())
 
 
 def test_the_saved_models_are_those_of_the_selected_round(tmp_path: Path) -> None:

@@ -59,11 +59,11 @@ def _dots(found: Privacy, order: list[int], x: Scale, y: Scale) -> Markup:
 def _dot(found: Privacy, client: int, at: float, y: Scale) -> Markup:
     value = float(found.effective[client])
     words = tip(f"{found.run.client_names[client]}: {value:.2f}")
-    return element("circle", words, cx=at, cy=y(value), r=3.4, class_=f"mark {_colour(value)}")
+    return element("circle", words, cx=at, cy=y(value), r=3.4, class_=f"mark {_colour(found, client)}")
 
 
-def _colour(value: float) -> str:
-    return "c1" if value < SMALL else "c0"
+def _colour(found: Privacy, client: int) -> str:
+    return "c1" if client in found.small else "c0"
 
 
 def _line(found: Privacy, order: list[int], x: Scale, y: Scale) -> Markup:

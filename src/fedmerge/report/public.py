@@ -54,7 +54,6 @@ def _redacted_round(record: RoundRecord, order: Sequence[int]) -> RoundRecord:
     return dataclasses.replace(
         record,
         mixing=None,
-        cohort=(),
         dropped=(),
         refused=(),
         state=_single_facts(record.state),
