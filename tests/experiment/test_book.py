@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from fedmerge.core.errors import FedmergeError
 from fedmerge.experiment import book as module
 from fedmerge.experiment.book import Book, digest_of_request, standing
 from fedmerge.experiment.checkpoint import SLOTS, latest, tensor_bytes
@@ -326,3 +327,39 @@ def test_another_request_has_another_digest(run: tuple[Setup, Played], changes: 
 def test_the_same_request_has_the_same_digest_however_often_it_is_saved(run: tuple[Setup, Played]) -> None:
     assert digest_of_request(prepared()[0]) == digest_of_request(run[0])
     assert digest_of_request(prepared(checkpoint_every=5)[0]) == digest_of_request(run[0])
+
+
+@pytest.mark.parametrize("every", [0, 1])
+def test_a_run_that_wrote_no_round_stands_at_its_beginning(
+    tmp_path: Path, run: tuple[Setup, Played], every: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    setup, start = prepared(checkpoint_every=every)
+    stand = standing(tmp_path, setup, start, DATA)
+    assert (stand.found, stand.lines) == (None, ())
+    assert caplog.messages == [f"no round of {tmp_path} was finished: it begins anew"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_checkpoint_that_cannot_be_used_is_told(
+    tmp_path: Path, run: tuple[Setup, Played], caplog: pytest.LogCaptureFixture
+) -> None:
+    setup, played = run
+    book = Book(tmp_path, setup, DATA)
+    for number in (0, 1):
+        note(book, played, number)
+        book.written(wait=True)
+    book.stop()
+    newest = saved(tmp_path, run)
+    (tmp_path / SLOTS[newest.slot]).write_bytes(b"")
+    stand = standing(tmp_path, setup, played[0][0], DATA)
+    assert stand.found is not None
+    empty = "it does not begin with 'fedmerge checkpoint 1'"
+    first = f"{tmp_path / SLOTS[newest.slot]}: {empty}"
+    assert caplog.messages == [f"a checkpoint cannot be used: {first}", "going on from the other one, after round 0"]
+    (tmp_path / SLOTS[stand.found.slot]).write_bytes(b"")
+    with pytest.raises(FedmergeError) as caught:
+        standing(tmp_path, setup, played[0][0], DATA)
+    assert str(caught.value).splitlines() == [
+        "no checkpoint of this run can be used, make it again:",
+        *(f"{tmp_path / slot}: {empty}" for slot in SLOTS),
+    ]

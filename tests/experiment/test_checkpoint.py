@@ -133,9 +133,13 @@ TENSORS = progress_tensors(progress_at(3))
 ODD_TENSORS: dict[str, tuple[dict[str, Tensor], str]] = {
     "missing": ({k: v for k, v in TENSORS.items() if k != "client.1.0"}, r"not the tensors of this run: client.1.0$"),
     "superfluous": ({**TENSORS, "client.2.0": torch.zeros(1)}, r"not the tensors of this run: client.2.0$"),
-    "many": (
-        {f"x{i}": torch.zeros(1) for i in range(6)},
-        r"of this run: buffers.0, buffers.1, client.0.0, client.0.1, client.1.0 \.\.\.$",
+    "five": (
+        {**TENSORS, **{f"x{i}": torch.zeros(1) for i in range(5)}},
+        r"of this run: x0, x1, x2, x3, x4$",
+    ),
+    "six": (
+        {**TENSORS, **{f"x{i}": torch.zeros(1) for i in range(6)}},
+        r"of this run: x0, x1, x2, x3, x4 \.\.\.$",
     ),
     "dtype": (
         {**TENSORS, "server.models": torch.zeros(2, 2, dtype=torch.float64)},
@@ -368,6 +372,17 @@ def test_the_rounds_that_it_saw_are_read_and_no_others(folder: Path) -> None:
     with (folder / "rounds.jsonl").open("ab") as file:
         file.write(b"\0\0\n")
     assert [line.round for line in rounds_seen(folder, found, 2)] == [0, 1, 2]
+
+
+def test_a_round_that_cannot_be_is_told_with_its_file(folder: Path) -> None:
+    odd = LINES.replace(b'"cohort": []', b'"cohort": [7]', 1)
+    (folder / "rounds.jsonl").write_bytes(odd)
+    seen = manifest_of(0, selected=-1, lines=odd.index(b"\n") + 1, records=digest(odd[: odd.index(b"\n") + 1]))
+    write_slot(folder, 0, seen, tensor_bytes(progress_at(0)))
+    (folder / SLOTS[1]).unlink()
+    found, _ = found_in(folder)
+    with pytest.raises(FedmergeError, match=f"{folder / 'rounds.jsonl'}, line 1"):
+        rounds_seen(folder, found, 2)
 
 
 def test_only_states_that_are_referred_to_stay(folder: Path) -> None:

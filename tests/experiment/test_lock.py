@@ -172,3 +172,23 @@ def test_only_a_lock_that_is_left_over_is_nothing(tmp_path: Path) -> None:
     (tmp_path / NAME).write_text("1\n")
     with new_run_folder(tmp_path):
         assert (tmp_path / NAME).read_text() == f"{os.getpid()}\n"
+
+
+def test_a_holder_that_is_alive_is_named_without_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.sleep", pytest.fail)
+    with run_lock(tmp_path):
+        assert f"in use by process {os.getpid()};" in taken(tmp_path)
+
+
+def test_somebody_elses_process_is_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def not_yours(process: int, number: int) -> None:
+        assert (process, number) == (4711, 0)  # 0 asks and sends nothing
+        raise PermissionError
+
+    monkeypatch.setattr("os.kill", not_yours)
+    monkeypatch.setattr("time.sleep", pytest.fail)
+    descriptor = _held_silently(tmp_path, "4711\n")
+    try:
+        assert "in use by process 4711;" in taken(tmp_path)
+    finally:
+        os.close(descriptor)
