@@ -72,12 +72,16 @@ def _is_of_one_package(node: ast.Call) -> bool:
     """Whether a call imports from a package that stands there by name, or from the file's own."""
     if getattr(node.func, "attr", "") != "import_module" or not node.args:
         return False
-    name: ast.expr = node.args[0]
+    name = node.args[0]
     if isinstance(name, ast.JoinedStr):
         first = name.values[0]
-        name = first.value if isinstance(first, ast.FormattedValue) else first
-        begins = isinstance(name, ast.Constant) and "." in str(name.value)
-        return (begins and str(name.value).split(".")[0] not in MODULES) or getattr(name, "id", "") == "__name__"
+        if isinstance(first, ast.FormattedValue):
+            return getattr(first.value, "id", "") == "__name__"
+        return "." in ast.unparse(first) and _is_harmless(first)
+    return _is_harmless(name)
+
+
+def _is_harmless(name: ast.expr) -> bool:
     return isinstance(name, ast.Constant) and str(name.value).split(".")[0] not in MODULES
 
 
