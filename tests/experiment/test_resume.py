@@ -37,7 +37,17 @@ METHODS: dict[str, Any] = {name: {"name": name} for name in ALGORITHMS} | {
     "fedmerge": {"name": "fedmerge", "num_models": 2, "initial": "noise"},
     "cfl": {"name": "cfl", "warmup": 1, "min_size": 1, "stationary": 1.0},
     "flhc": {"name": "flhc", "warmup": 1},
+    "dp-fedmerge": {"name": "dp-fedmerge", "num_models": 2, "sampling_rate": 0.8, "force": True},
 }
+NEEDED = {
+    "dp-fedmerge": {
+        "fraction": 0.8,
+        "participation": {"sampling": "poisson", "dropout": 0.3, "quorum": 0.0},
+        "defences": {"clip": 0.0, "max_count": 0.0},
+        "select": "last",
+    }
+}
+"""Without which a method refuses a run."""
 SOME_STAY_AWAY = {"fraction": 0.8, "participation": {"dropout": 0.3, "quorum": 0.0}}
 
 
@@ -45,7 +55,7 @@ SOME_STAY_AWAY = {"fraction": 0.8, "participation": {"dropout": 0.3, "quorum": 0
 def test_stopped_after_every_round_is_never_stopped(
     method: dict[str, Any], tmp_path: Path, data: FederatedData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = config_of(method, **SOME_STAY_AWAY)
+    config = config_of(method, **{**SOME_STAY_AWAY, **NEEDED.get(method["name"], {})})
     execute_config(config, data=data, folder=tmp_path / "whole")
     assert stopped_everywhere(tmp_path / "cut", config, monkeypatch, data) == left_behind(tmp_path / "whole")
 
@@ -80,7 +90,7 @@ def test_whatever_the_options(
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_no_round_touches_the_state_before_it(method: dict[str, Any], data: FederatedData) -> None:
     """The states are written down while the next round is computed."""
-    config = config_of(method)
+    config = config_of(method, **NEEDED.get(method["name"], {}))
     setup, start = prepare(config.method, data, config.model, config.training, config.run)
     seen = [(progress, tensor_bytes(progress)) for progress, _ in rounds(setup, start)]
     assert len(seen) == ROUNDS + 1
