@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedmerge.cli.screen import err, out, print_attendance, print_search, print_table, print_tasks, progress_display
+from fedmerge.cli.screen import err, print_attendance, print_search, print_table, print_tasks, progress_display, say
 from fedmerge.cli.words import split_words, table_from
 from fedmerge.core.errors import UsageError, unknown_name
 from fedmerge.core.files import write_atomically
@@ -15,7 +15,7 @@ from fedmerge.experiment.comparison import free_folder, plan, run_jobs
 from fedmerge.experiment.config import assign, build_config, override, parse_value
 from fedmerge.experiment.execute import execute_config
 from fedmerge.experiment.forecast import Forecast
-from fedmerge.experiment.record import RoundRecord, RunRecord, read_run
+from fedmerge.experiment.record import RoundRecord, RunRecord, read_run_alone
 from fedmerge.experiment.resume import resume_run
 from fedmerge.experiment.serving import read_serving
 from fedmerge.report import comparison_table, write_report
@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> None:
 def resume(options: argparse.Namespace) -> None:
     """``fedmerge resume``."""
     folder = Path(options.run)
-    record = read_run(folder)
+    record = read_run_alone(folder)
     total = _rounds_of(folder)
     with progress_display(options.quiet, total, 1) as report:
         outcome = resume_run(folder, watch=lambda line: _watched(report, record.label, line))
@@ -70,7 +70,7 @@ def _show(record: RunRecord, folder: Path) -> None:
     print_tasks([record])
     print_search([record])
     print_attendance([record])
-    out.print(f"run     {folder}\nreport  {page}", markup=False)
+    say(f"run     {folder}\nreport  {page}")
 
 
 _WORTH_TELLING = 20
@@ -112,7 +112,7 @@ def compare(options: argparse.Namespace) -> None:
     print_table(table)
     print_tasks(records)
     print_search(records)
-    out.print(f"runs    {folder}\nreport  {page}", markup=False)
+    say(f"runs    {folder}\nreport  {page}")
 
 
 _METHODS = ["fedmerge", "fedavg", "local", "fesem"]
