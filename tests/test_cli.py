@@ -17,10 +17,11 @@ from fedmerge.cli import main
 from fedmerge.core.options import option_fields
 from fedmerge.data import PARTITIONS, SOURCES
 from fedmerge.experiment.config import RunOptions, build_config, read_toml
-from fedmerge.experiment.record import read_run
+from fedmerge.experiment.execute import execute_config
+from fedmerge.experiment.record import RoundRecord, read_run
 from fedmerge.models import NETWORKS
 from fedmerge.training import LocalTraining
-from small import WORDS
+from small import WORDS, small
 
 Captured = pytest.CaptureFixture[str]
 
@@ -276,3 +277,17 @@ def test_ctrl_c_inside_the_process_returns_130(monkeypatch: pytest.MonkeyPatch, 
     assert main(["run", "fedavg", *WORDS, "--out", "run"]) == 130
     assert "interrupted" in capsys.readouterr().err
     assert read_run("run").status == "interrupted"
+
+
+def test_an_interrupted_run_is_resumed_by_its_folder(tmp_path: Path, capsys: Captured) -> None:
+    def stop(record: RoundRecord) -> None:
+        if record.round == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        execute_config(build_config(small(rounds=40)), folder=tmp_path / "run", watch=stop)
+    assert main(["resume", str(tmp_path / "run"), "--quiet"]) == 0
+    assert str(tmp_path / "run") in capsys.readouterr().out
+    assert (tmp_path / "run" / "report.html").is_file()
+    assert main(["resume", str(tmp_path / "run")]) == 2
+    assert "is finished after 40 rounds; there is nothing to resume" in capsys.readouterr().err
