@@ -40,6 +40,8 @@ def test_what_json_writes_is_read_alike(value: object) -> None:
         ("[" * 100_000, "nested more than 32 deep"),
         ("9" * 5000, "Exceeds the limit"),
         ("", "Expecting value"),
+        (r'["\ud800"]', "surrogates not allowed"),
+        (r'{"\udfff": 1}', "surrogates not allowed"),
         (b"\xff", "can't decode byte"),
         (b"\xff\xfe{\x00}\x00", "can't decode byte"),
     ],

@@ -121,6 +121,22 @@ def test_other_ways_of_packing_are_refused(tmp_path: Path, method: int) -> None:
     refused(lambda: read_npz(path, "label"), "packed in a way that numpy does not write")
 
 
+@pytest.mark.parametrize("code", [0xD800, 0xDFFF, 0x110000, 2**31])
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_numbers_that_are_no_letters_are_refused_as_labels(tmp_path: Path, code: int, order: str) -> None:
+    """numpy would crash with a SystemError as soon as somebody looks at one."""
+    letters = np.array([[65, 0], [code, 0]], dtype=np.dtype("u4").newbyteorder(order))
+    labels = npy((2,), f"{order}U2", letters.tobytes())
+    path = zipped(tmp_path / "a.npz", {"x.npy": npy((2, 1), content=bytes(16)), "y.npy": labels})
+    refused(lambda: read_npz(path, "label"), r"y\.npy holds numbers that are no letters")
+
+
+def test_letters_of_both_byte_orders_are_read(tmp_path: Path) -> None:
+    for order in "<>":
+        np.savez(tmp_path / "a.npz", y=np.array(["a", "\U0010ffff"], dtype=f"{order}U2"), z=np.array([], dtype="U1"))
+        assert read_arrays(tmp_path / "a.npz")["y"].tolist() == ["a", "\U0010ffff"]
+
+
 def test_a_name_that_stands_twice_is_refused(tmp_path: Path) -> None:
     path = zipped(tmp_path / "a.npz", {"x.npy": npy((0,)), "z.npy": npy((0,))})
     path.write_bytes(path.read_bytes().replace(b"z.npy", b"x.npy"))

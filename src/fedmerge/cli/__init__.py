@@ -7,18 +7,19 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 
-from rich.markup import escape
-
 from fedmerge.cli.arguments import parser_of
 from fedmerge.cli.catalogue import markdown_of
-from fedmerge.cli.screen import err
+from fedmerge.cli.screen import err, escape
 from fedmerge.core.errors import FedmergeError, UsageError
+from fedmerge.core.text import printable
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.addFilter(_visible)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", handlers=[handler])
     try:
         _refuse_undecoded(words)
         options = parser_of(words).parse_intermixed_args(words)
@@ -37,6 +38,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:  # a full disk, a lost folder
         return _complain(FedmergeError(f"cannot read or write {error.filename or 'a file'}: {error.strerror}"), 1)
     return 0
+
+
+def _visible(record: logging.LogRecord) -> bool:
+    """Lets every record pass, with its control characters written as escapes."""
+    record.msg, record.args = printable(record.getMessage(), keep="\n"), None
+    return True
 
 
 def _refuse_undecoded(words: Sequence[str]) -> None:

@@ -13,7 +13,7 @@ from fedmerge.bench.store import LOCK, RUNS, read_results
 from fedmerge.bench.suite import Suite, narrowed
 from fedmerge.bench.suite_file import read_suite, suite_path
 from fedmerge.bench.workers import failures_text
-from fedmerge.cli.screen import err, out
+from fedmerge.cli.screen import err, say
 from fedmerge.core.errors import FedmergeError, UsageError
 from fedmerge.core.files import write_atomically
 
@@ -71,7 +71,7 @@ def _page_only(options: argparse.Namespace) -> None:
 
 def _write_page(suite: Suite, folder: Path) -> None:
     page = write_page(suite, read_results(folder), folder)
-    out.print(f"page    {page}", markup=False)
+    say(f"page    {page}")
 
 
 def _conclude(outcome: Outcome, folder: Path) -> None:
@@ -79,7 +79,7 @@ def _conclude(outcome: Outcome, folder: Path) -> None:
     path = folder / FAILURES
     path.unlink(missing_ok=True)
     if outcome.diverged:
-        out.print(f"{outcome.diverged} reported runs diverged: see the page", markup=False)
+        say(f"{outcome.diverged} reported runs diverged: see the page")
     if outcome.failures:
         write_atomically(path, failures_text(outcome.failures))
         first = outcome.failures[0]
@@ -89,7 +89,7 @@ def _conclude(outcome: Outcome, folder: Path) -> None:
             f"All of them are in {path}; the same command tries them again"
         )
     if outcome.left:
-        out.print(f"time is up: {outcome.left} runs are left; the same command continues", markup=False)
+        say(f"time is up: {outcome.left} runs are left; the same command continues")
 
 
 def _refuse_foreign(folder: Path) -> None:

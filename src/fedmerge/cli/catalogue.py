@@ -6,11 +6,10 @@ import argparse
 import dataclasses
 from typing import Any
 
-from rich.markup import escape
 from rich.table import Table as Grid
 
 from fedmerge.algorithms import ALGORITHMS
-from fedmerge.cli.screen import out
+from fedmerge.cli.screen import escape, out, say
 from fedmerge.core.errors import UsageError, unknown_name
 from fedmerge.core.options import accepted_text, option_fields
 from fedmerge.core.registry import Registry
@@ -35,7 +34,7 @@ def list_entries(options: argparse.Namespace) -> None:
     if options.name is not None and (options.markdown or options.kind in OPTION_GROUPS):
         raise UsageError(f"got {options.name!r} beside all of {options.kind!r}; leave out the name or --markdown")
     if options.markdown:
-        out.print(markdown_of(options.kind or "methods"), markup=False)
+        say(markdown_of(options.kind or "methods"))
     elif options.kind in OPTION_GROUPS:
         _print_options(OPTION_GROUPS[options.kind])
     elif options.kind == "sources" and options.name == "folder":

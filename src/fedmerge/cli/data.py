@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Table as Grid
 
-from fedmerge.cli.screen import err, out, print_table
+from fedmerge.cli.screen import err, escape, out, print_table, say
 from fedmerge.cli.words import split_words, table_from
 from fedmerge.core.errors import UsageError
 from fedmerge.core.files import write_atomically
@@ -60,7 +59,7 @@ def _data_get(options: argparse.Namespace) -> None:
         )
     shape = "texts" if pool.is_text else " x ".join(str(size) for size in pool.inputs.shape[1:])
     size = f"{len(pool):,} items of {shape}, {len(pool.class_names)} classes"
-    out.print(f"{pool.name}: {size}, sha256 {pool.sha256()[:16]}", markup=False)
+    say(f"{pool.name}: {size}, sha256 {pool.sha256()[:16]}")
 
 
 def _data_show(options: argparse.Namespace) -> None:
@@ -73,8 +72,8 @@ def _data_show(options: argparse.Namespace) -> None:
     except OSError as error:
         raise UsageError(f"cannot write {target}: {error.strerror}") from error
     sizes = [client.num_train for client in data.clients]
-    out.print(f"{data.source}: {len(sizes)} clients, {min(sizes)} to {max(sizes)} training items each", markup=False)
-    out.print(f"picture {target}", markup=False)
+    say(f"{data.source}: {len(sizes)} clients, {min(sizes)} to {max(sizes)} training items each")
+    say(f"picture {target}")
 
 
 def report(options: argparse.Namespace) -> None:
@@ -93,7 +92,7 @@ def report(options: argparse.Namespace) -> None:
     for setting in dict.fromkeys(record.setting for record in records):
         of_setting = [record for record in records if record.setting == setting]
         print_table(comparison_table(of_setting, reference=options.reference))
-    out.print(f"report  {page}", markup=False)
+    say(f"report  {page}")
 
 
 def records_below(place: Path) -> list[RunRecord]:

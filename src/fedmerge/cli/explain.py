@@ -6,11 +6,10 @@ import argparse
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
-from rich.markup import escape
 from rich.table import Table as Grid
 
 from fedmerge.cli.data import records_below
-from fedmerge.cli.screen import out
+from fedmerge.cli.screen import escape, out, say
 from fedmerge.core.errors import UsageError, unknown_name
 from fedmerge.experiment.record import RunRecord
 from fedmerge.report import Table
@@ -58,15 +57,15 @@ def _print_clients(explanation: Explanation, names: list[str]) -> None:
         if name not in known:
             raise UsageError(unknown_name("client", name, known))
     for name in names:
-        out.print(client_sentence(explanation, known.index(name)), markup=False)
+        say(client_sentence(explanation, known.index(name)))
 
 
 def _print_explanation(explanation: Explanation, *, with_clients: bool) -> None:
-    out.print(explanation.run.setting, markup=False)
+    say(explanation.run.setting)
     stopped = where_it_stopped(explanation.run)
     for sentence in (stopped, *remarks(explanation), gain_sentence(explanation), *group_sentences(explanation)):
         if sentence:
-            out.print(sentence, markup=False, soft_wrap=False)
+            say(sentence, soft_wrap=False)
     tables = [group_table(explanation), model_table(explanation)]
     for table in [*tables, client_table(explanation)] if with_clients else tables:
         _print(table)

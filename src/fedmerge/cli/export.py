@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from fedmerge.api import export as export_model
-from fedmerge.cli.screen import out
+from fedmerge.cli.screen import say
 from fedmerge.exporting import KINDS
 
 
@@ -41,17 +41,17 @@ def export(options: argparse.Namespace) -> None:
         row=options.row,
     )
     for name in found.files:
-        out.print(str(found.folder / name), markup=False)
+        say(str(found.folder / name))
     for name in found.private:
         told = "holds the client's merging weights: only its owner may read it, do not publish it"
-        out.print(f"private     {name} {told}", markup=False)
+        say(f"private     {name} {told}")
     if found.difference is not None:
         away = (
             "of the client's adapters from the recipe's, relative"
             if found.kind == "mergekit"
             else "of outputs, at most"
         )
-        out.print(f"difference  {found.difference:.1e} ({away})", markup=False)
+        say(f"difference  {found.difference:.1e} ({away})")
 
 
 def _model(word: str | None) -> Any:

@@ -6,11 +6,10 @@ import argparse
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.markup import escape
 from rich.table import Table as Grid
 
 from fedmerge.api import onboard as onboard_client
-from fedmerge.cli.screen import out
+from fedmerge.cli.screen import escape, out, say
 from fedmerge.core.errors import DataError, UsageError
 from fedmerge.onboarding import WAYS, Onboarded
 
@@ -52,7 +51,7 @@ def onboard(options: argparse.Namespace) -> None:
         raise UsageError(str(error)) from error
     _print(found)
     if options.out is not None:
-        out.print(f"model   {found.save(options.out)}", markup=False)
+        say(f"model   {found.save(options.out)}")
 
 
 def _model(word: str | None) -> Any:

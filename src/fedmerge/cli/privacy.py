@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Literal
 
 from rich.box import SIMPLE_HEAD
-from rich.markup import escape
 from rich.table import Table as Grid
 
-from fedmerge.cli.screen import out
+from fedmerge.cli.screen import escape, out, say
 from fedmerge.core.errors import UsageError
 from fedmerge.core.files import write_atomically
 from fedmerge.experiment.record import read_run
@@ -46,13 +45,13 @@ def privacy_of_run(options: argparse.Namespace) -> None:
             page = write_privacy(record, Path(options.out))
         except OSError as error:
             raise UsageError(f"cannot write {options.out}: {error.strerror}") from error
-        out.print(f"page    {page} (only its owner may read it)", markup=False)
+        say(f"page    {page} (only its owner may read it)")
 
 
 def _give(text: str, target: str | None) -> None:
     """Prints the text, or writes it into a file of its owner's."""
     if target is None:
-        out.print(text, markup=False, soft_wrap=True)
+        say(text, soft_wrap=True)
         return
     try:
         write_atomically(Path(target), text + "\n", private=True)
@@ -62,10 +61,10 @@ def _give(text: str, target: str | None) -> None:
 
 def _show(found: Privacy) -> None:
     run = found.run
-    out.print(run.setting, markup=False)
-    out.print(f"{run.label}, seed {run.seed}, weights of round {found.round}, the last evaluated one", markup=False)
+    say(run.setting)
+    say(f"{run.label}, seed {run.seed}, weights of round {found.round}, the last evaluated one")
     for sentence in sentences(found):
-        out.print(sentence, markup=False, soft_wrap=False)
+        say(sentence, soft_wrap=False)
     if found.found is not None:
         _print(privacy_table(found, _ROWS))
 

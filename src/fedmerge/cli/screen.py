@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+from rich import markup
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -19,11 +19,22 @@ from rich.progress import (
 )
 from rich.table import Table as Grid
 
+from fedmerge.core.text import printable
 from fedmerge.experiment.record import RunRecord
 from fedmerge.report import Table, attendance_table, task_table
 
 out = Console(highlight=False, soft_wrap=True, emoji=False)
 err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+
+
+def escape(text: str) -> str:
+    """A text as it may stand in what the consoles print: no marks, and nothing that a terminal would obey."""
+    return markup.escape(printable(text, keep="\n"))
+
+
+def say(text: str, *, soft_wrap: bool | None = None) -> None:
+    """Prints a text as it stands."""
+    out.print(printable(text, keep="\n"), markup=False, soft_wrap=soft_wrap)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     ('lr', 'num_models', None)
     """
     names = list(known)[:MOST_COMPARED]
-    if len(name) > MOST_COMPARED:
+    if not 0 < len(name) <= MOST_COMPARED:
         return None
     given = _plain(name)
     slips = [each for each in names if _is_one_slip(given, _plain(each))]

@@ -23,8 +23,8 @@ def parse_json(content: str | bytes) -> Any:
         content: A text, or its bytes in UTF-8.
 
     Raises:
-        ValueError: if it is not JSON, names a key twice, holds NaN or a number that no float can hold, or is nested
-            more than `MOST_DEPTH` deep.
+        ValueError: if it is not JSON, names a key twice, holds NaN, a number that no float can hold or half a
+            surrogate pair, or is nested more than `MOST_DEPTH` deep.
 
     >>> parse_json('{"a": [1, 2.5]}')
     {'a': [1, 2.5]}
@@ -38,6 +38,8 @@ def parse_json(content: str | bytes) -> Any:
     except RecursionError:
         raise ValueError(f"it is nested more than {MOST_DEPTH} deep") from None
     refuse_depth(value)
+    if "\\u" in text:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")  # half a surrogate pair is no text: nothing can write it
     return value
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import unicodedata
+
 MOST_LETTERS = 200
 """Of a foreign value in a message."""
 
@@ -10,7 +12,8 @@ def printable(text: str, *, keep: str = "") -> str:
     r"""A text with every character that cannot be seen written as its escape.
 
     Control characters, line breaks, the sequences that move a terminal's cursor, marks that turn the direction of
-    writing around and halves of surrogate pairs are all among them; letters of any script are not.
+    writing around and halves of surrogate pairs are all among them; letters of any script, signs made of several
+    and spaces that do not break are not.
 
     Args:
         text: From a file, a name or the wire.
@@ -21,7 +24,19 @@ def printable(text: str, *, keep: str = "") -> str:
     """
     if text.isprintable():
         return text
-    return "".join(letter if letter.isprintable() or letter in keep else _escaped(letter) for letter in text)
+    return "".join(letter if letter in keep or is_visible(letter) else _escaped(letter) for letter in text)
+
+
+def is_visible(letter: str) -> bool:
+    r"""Whether a letter can do no more than be seen.
+
+    >>> [is_visible(letter) for letter in ("a", "\u00a0", "\u200d", "\u202e", "\x1b")]
+    [True, True, True, False, False]
+    """
+    return letter.isprintable() or letter in _JOINERS or unicodedata.category(letter) == "Zs"
+
+
+_JOINERS = "\u200c\u200d"  # within words of some scripts, and within signs made of several
 
 
 def _escaped(letter: str) -> str:

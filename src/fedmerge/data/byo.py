@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 
 from fedmerge.core.errors import DataError, UsageError, unknown_name
 from fedmerge.core.randomness import generator
+from fedmerge.core.text import shortened
 from fedmerge.data.encoding import Encoder
 from fedmerge.data.federated import ClientData, Examples, FederatedData, check_federation
 from fedmerge.data.folder_options import FolderOptions
@@ -289,7 +290,7 @@ def _client_files(folder: Path) -> list[Path]:
     files = [path for path in present if path.suffix in READERS and path.is_file()]
     if len(files) < len(present):
         others = ", ".join(path.name for path in present if path not in files)
-        log.warning("%s: not read, because only %s files are clients: %s", folder, accepted, others)
+        log.warning("%s: not read, because only %s files are clients: %s", folder, accepted, shortened(others, 1000))
     if not files:
         raise DataError(f"{folder} has no {accepted} file; expected one per client")
     stems = [path.stem for path in files]

@@ -13,6 +13,7 @@ from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from fedmerge.core.errors import DataError
+from fedmerge.core.text import shortened
 from fedmerge.data.encoding import NO_TARGET, Kind
 from fedmerge.data.form import InputForm
 from fedmerge.data.partition import Partition
@@ -130,7 +131,7 @@ def check_federation(data: FederatedData) -> None:
             _check_examples(examples, data, first, f"client {client.name!r}, {split}")
         if data.kind == "classes" and client.train.targets.min() == client.train.targets.max():
             only = data.class_names[int(client.train.targets[0])]
-            log.warning("client %r trains on one class only, %s", client.name, only)
+            log.warning("client %r trains on one class only, %s", client.name, shortened(only))
 
 
 def _check_examples(examples: Examples, data: FederatedData, like: Tensor, where: str) -> None:

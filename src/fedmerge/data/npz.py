@@ -37,7 +37,19 @@ def read_arrays(path: Path, *, only: Sequence[str] | None = None) -> dict[str, N
         _look(stream, path.stat().st_size, only)
         stream.seek(0)
         with np.load(stream, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
+            arrays = {name: file[name] for name in file.files}
+    for name in (name for name, array in arrays.items() if array.dtype.kind == "U" and not _are_letters(array)):
+        raise ValueError(f"{name}.npy holds numbers that are no letters")
+    return arrays
+
+
+def _are_letters(texts: NDArray[Any]) -> bool:
+    """Whether every letter of an array of texts is one; numpy crashes on others."""
+    codes = np.ascontiguousarray(texts).reshape(-1)
+    if not codes.size or not texts.dtype.itemsize:
+        return True
+    codes = codes.view(np.dtype(np.uint32).newbyteorder(texts.dtype.byteorder))
+    return bool(((codes < 0xD800) | ((codes >= 0xE000) & (codes <= 0x10FFFF))).all())
 
 
 def _look(stream: Any, packed: int, only: Sequence[str] | None) -> None:

@@ -17,7 +17,9 @@ _MOST_COLUMNS, _MOST_ROWS = 200, 100
 _BARS, _TOP, _GAP = 52, 84, 14  # height of the bars of sizes, where they begin, space between parts
 _LEVELS = 8
 _SIDES = (0.95, 0.55, 0.25)  # opacity of train, validation and test bars
-_UNPRINTABLE = re.compile("[^\t\x20-\x7e\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+_UNPRINTABLE = re.compile(
+    "[^\t\x20-\x7e\xa0-\u200d\u2010-\u2029\u202f-\u2065\u206a-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"
+)
 _LIGHT = ("#4347c4", "#c8731a", "#17847a", "#a3155f", "#7a6110", "#0b86c4", "#8a3418", "#4f7a1b")
 _DARK = ("#8ea0ff", "#f0a860", "#52d3c2", "#f27fb6", "#e0cb5a", "#62c0f5", "#ee8a68", "#a6d568")
 _STYLE = """

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedmerge.core.errors import DataError, unknown_name
+from fedmerge.core.text import brief
 from fedmerge.data.pool import Ints
 
 
@@ -202,6 +203,13 @@ def _kind(table: Table) -> str:
     return "texts" if kind == "U" else "numbers"
 
 
+def _refuse_unwritable(names: Sequence[str], origin: str) -> None:
+    """Half a surrogate pair is no text: no file could name the class."""
+    for name in names:
+        if any(0xD800 <= ord(letter) < 0xE000 for letter in name):
+            raise DataError(f"{origin}: the label {brief(name)} is no text; expected letters that UTF-8 can write")
+
+
 def _texts(labels: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
     return [part.astype(np.str_) for part in labels if len(part)]
 
@@ -215,6 +223,7 @@ def _as_numbers(labels: Sequence[NDArray[Any]]) -> list[NDArray[Any]] | None:
 
 def _encode_texts(tables: Sequence[Table], class_names: Sequence[str] | None) -> tuple[tuple[str, ...], list[Ints]]:
     found = sorted(set(np.concatenate(_texts([table.labels for table in tables])).tolist()))
+    _refuse_unwritable(found, tables[0].origin)
     names = tuple(class_names or found)
     index = {name: number for number, name in enumerate(names)}
     unknown = set(found) - set(names)

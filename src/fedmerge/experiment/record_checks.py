@@ -10,6 +10,7 @@ from fedmerge.core.text import brief
 if TYPE_CHECKING:
     from fedmerge.experiment.record import RoundRecord, RunRecord, Scores
 
+_LARGEST_WEIGHT = 1e6  # sums over any number of models stay finite
 _COUNTED = ("seed", "num_params", "seconds")
 _PER_CLIENT = ("groups", "num_train", "num_validation", "num_test", "class_counts", "tasks")
 _NUMBERS_OF_STATE = ("gate", "num_models", "server_floats", "averaging_error")
@@ -83,6 +84,8 @@ def _of_round(record: RoundRecord, N: int) -> Iterator[str]:
         widths = {len(row) for row in record.mixing}
         if len(record.mixing) != N or len(widths) != 1 or not min(widths):
             yield f"mixing: got {brief(record.mixing)}; expected {N} rows with one number for each model"
+        if not all(0 <= weight <= _LARGEST_WEIGHT for row in record.mixing for weight in row):
+            yield f"mixing: got {brief(record.mixing)}; expected numbers 0..{_LARGEST_WEIGHT:g}"
 
 
 def _of_scores(scores: Scores | None, N: int, name: str) -> Iterator[str]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import html
 import re
 
-_UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffe\uffff]")
+_TURNS = "\u200e\u200f\u202a-\u202e\u2066-\u2069"
+"""Marks that turn the direction of writing around, also of what follows."""
+_UNPRINTABLE = re.compile(f"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f{_TURNS}\ufffe\uffff]")
 
 
 class Markup(str):

@@ -8,6 +8,7 @@ import math
 import re
 from dataclasses import dataclass
 
+from fedmerge.core.text import printable
 from fedmerge.report.statistics import Interval
 from fedmerge.report.text import Unit, formatted
 
@@ -45,7 +46,10 @@ class Table:
     def texts(self) -> tuple[tuple[str, ...], ...]:
         """Every cell as a reader sees it."""
         return tuple(
-            tuple(formatted(cell, column.unit) for cell, column in zip(row, self.columns, strict=True))
+            tuple(
+                printable(formatted(cell, column.unit), keep="\n")
+                for cell, column in zip(row, self.columns, strict=True)
+            )
             for row in self.rows
         )
 
@@ -92,6 +96,10 @@ class Table:
         intervals = [cell for cell in (row[index] for row in self.rows) if isinstance(cell, Interval)]
         mixed = any(interval.over != "seeds" for interval in intervals)
         return (title, f"{title} ±", f"{title} ± over")[: 1 + bool(intervals) + mixed]
+
+
+def _seen(cell: Cell, column: Column) -> str:
+    return printable(formatted(cell, column.unit), keep="\n")
 
 
 def _pipe(text: str) -> str:
