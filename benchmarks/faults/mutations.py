@@ -204,7 +204,7 @@ def _swap(draws: Draws, content: bytes) -> bytes:
 def _count(draws: Draws, content: bytes) -> bytes:
     """Four or eight bytes become a number that a length or a place may be."""
     at, size = _place(draws, content), int(one_of(draws, (2, 4, 8)))
-    number = (one_of(draws, (0, 1, 2**15, 2**31 - 1, 2**32 - 1, 2**63 - 1, 2**64 - 1, 10**12))) % 256**size
+    number: int = (one_of(draws, (0, 1, 2**15, 2**31 - 1, 2**32 - 1, 2**63 - 1, 2**64 - 1, 10**12))) % 256**size
     return content[:at] + number.to_bytes(size, "little") + content[at + size :]
 
 
