@@ -69,6 +69,19 @@ def refused(words: list[str], code: int, *told: str, capsys: Captured) -> None:
         (["run", "fedavg", "--config", "no.toml"], ["cannot read configuration no.toml: No such file"]),
         (["run", "fedavg", "--config", "/"], ["cannot read configuration /: Is a directory"]),
         (["run", "fedavg", "--out", "/dev/null/run"], ["cannot write run folder /dev/null/run", "Choose another"]),
+        (["run", "fedavg", "--out", "\0"], ["got '\\x00', which no argument can hold"]),
+        (["run", "rounds=" + "9" * 30], ["run.rounds: got 9999", "expected a whole number >= 1 and < 2^63"]),
+        (["run", "training.lr=" + "[" * 3000], ["training.lr: got '[[[", "expected a number > 0"]),
+        (["run", "seed=9223372036854775808"], ["run.seed: got ", "expected a whole number >= 0"]),
+        (["run", "training.lr.a.b=1"], ["training.lr: got {'a': {'b': 1}}; expected a number > 0"]),
+        (["run", "training.\x1b[2J=1"], ["training: unknown option '\\x1b[2J'"]),
+        (["run", "rounds=1979-05-27"], ["run.rounds: got datetime.date(1979, 5, 27)"]),
+        (
+            ["run", "--config", "/dev/zero"],
+            ["/dev/zero is not valid TOML", "expected 1,048,576 at most"],
+        ),
+        (["compare", "fedavg", "--seeds", "0-" + "9" * 30], ["up to 1000 whole numbers"]),
+        (["\x1b[2J"], ["unknown command '\\x1b[2J'"]),
         (["run", "fedavg", "--out", "\udcff"], ["is not a text in this system's encoding"]),
         (["run", "fedavg", "model=import"], ["model.path: missing"]),
         (["run", "fedavg", "model=import", "model.path=net.py:Net"], ["no such file: net.py"]),
@@ -133,7 +146,20 @@ def test_all_faults_of_a_request_are_told_at_once(capsys: Captured) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [b"rounds = ", b"\xff", b"[training]\nlr = 'x'", b"rounds = 0", b"seed = 1\nseed = 2"]
+    "content",
+    [
+        b"rounds = ",
+        b"\xff",
+        b"[training]\nlr = 'x'",
+        b"rounds = 0",
+        b"seed = 1\nseed = 2",
+        b"x = " + b"[" * 100 + b"]" * 100,
+        b"x = " + b"{a=" * 3000,
+        b"rounds = " + b"9" * 5000,
+        b"#" * 2**20 + b"\n",
+        b"\x00",
+        b'label = "\\u001b[2J"',
+    ],
 )
 def test_a_wrong_configuration_file_is_refused(content: bytes, capsys: Captured) -> None:
     Path("run.toml").write_bytes(content)

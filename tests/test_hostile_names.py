@@ -1,4 +1,4 @@
-"""Names that somebody else has chosen: they are shown harmlessly, and lead nowhere."""
+"""Names that somebody else has chosen are shown harmlessly and lead nowhere; sizes are refused before they are made."""
 
 from __future__ import annotations
 
@@ -110,3 +110,20 @@ def test_a_hostile_run_record_is_shown_harmlessly(capsys: Captured) -> None:
 def test_pages_hold_no_marks_that_turn_the_direction_of_writing() -> None:
     assert escape("a\u202eb\x1bc") == "a\ufffdb\ufffdc"
     assert escape("👩\u200d👧 می\u200cخواهم") == "👩\u200d👧 می\u200cخواهم"
+
+
+# ------------------------------------------------------------------------------------------------ sizes
+
+
+@pytest.mark.parametrize("clients", [10**6, 10**12, 2**63 - 1])
+def test_a_crowd_that_no_pool_can_serve_is_refused_at_once(clients: int, capsys: Captured) -> None:
+    assert main(["run", "fedavg", *WORDS, f"partition.clients={clients}"]) == 1
+    told = capsys.readouterr().err
+    assert f"partition.clients: got {clients} for digits, which has 1797 items" in told
+    assert "take fewer clients" in told
+
+
+def test_a_network_that_no_memory_can_hold_is_refused(capsys: Captured) -> None:
+    words = [word for word in WORDS if not word.startswith("model.")]
+    assert main(["run", "fedavg", *words, "model.hidden=[1000000000000]"]) == 2
+    assert "model Mlp could not be made" in capsys.readouterr().err

@@ -27,6 +27,7 @@ from typos import Answers, answered
 
 from fedmerge.core.errors import FedmergeError
 from fedmerge.core.randomness import generator
+from fedmerge.core.text import printable
 
 BLOCK = 500
 SLOW = 1.0  # seconds for one case
@@ -89,7 +90,7 @@ def _try(target: Target, case: Any, change: Change | None, tally: Tally) -> None
 
 def _judge(message: str, change: Change | None, tally: Tally) -> None:
     """Looks at a message: what a terminal would do with it, and whether it names what was changed."""
-    if len(message) > 20_000 or not message.replace("\n", "").isprintable():
+    if len(message) > 20_000 or printable(message, keep="\n") != message:
         tally.unsafe += 1
     if change is None or change.kind not in ("value", "key") or not change.path:
         return

@@ -139,7 +139,7 @@ def _near(draws: Draws, value: Any) -> Any:
     if isinstance(value, bool):
         return not value
     if isinstance(value, (int, float)):
-        return one_of(draws, (value + 1, value - 1, -value, value * 1000, value / 3, str(value)))
+        return one_of(draws, (value + 1, value - 1, -value, value * 1000, value // 3, -value // 3, str(value)))
     if isinstance(value, str):
         return typo(draws, value) if value else "x"
     if isinstance(value, list):
@@ -203,8 +203,8 @@ def _swap(draws: Draws, content: bytes) -> bytes:
 
 def _count(draws: Draws, content: bytes) -> bytes:
     """Four or eight bytes become a number that a length or a place may be."""
-    at, size = _place(draws, content), int(one_of(draws, (2, 4, 8)))
-    number: int = (one_of(draws, (0, 1, 2**15, 2**31 - 1, 2**32 - 1, 2**63 - 1, 2**64 - 1, 10**12))) % 256**size
+    at, size = _place(draws, content), one_of(draws, (2, 4, 8))
+    number: int = one_of(draws, (0, 1, 2**15, 2**31 - 1, 2**32 - 1, 2**63 - 1, 2**64 - 1, 10**12)) % 256**size
     return content[:at] + number.to_bytes(size, "little") + content[at + size :]
 
 

@@ -7,8 +7,9 @@ A reader of a file format of its own needs one line: ``Target("checkpoint", (val
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
-import itertools
+import json
 import tarfile
 import tempfile
 import zipfile
@@ -21,7 +22,6 @@ import numpy as np
 import tomli_w
 import torch
 from mutations import (
-    Change,
     Draws,
     changed_bytes,
     changed_json,
@@ -35,7 +35,9 @@ from mutations import (
 from safetensors.torch import save
 
 from fedmerge.algorithms import ALGORITHMS
-from fedmerge.bench.suite_file import read_suite, suite_of, suite_path
+from fedmerge.bench.result import Result, Ticket, to_line
+from fedmerge.bench.store import result_from
+from fedmerge.bench.suite_file import read_suite, suite_of
 from fedmerge.core.errors import FedmergeError
 from fedmerge.core.options import option_fields
 from fedmerge.core.tensor_files import read_tensors
@@ -43,6 +45,7 @@ from fedmerge.data import PARTITIONS, SOURCES
 from fedmerge.data.archive import read_deb_folder, read_tgz_folder, read_wheel_folder
 from fedmerge.data.partition import partition_from
 from fedmerge.data.readers import READERS
+from fedmerge.experiment.checkpoint import MAGIC, Manifest, digest, packed, unpacked
 from fedmerge.experiment.config import build_config, override, read_toml, to_table
 from fedmerge.experiment.execute import execute_config
 from fedmerge.experiment.record import rounds_from, run_from
@@ -77,6 +80,19 @@ SMALL: Table = {
     "partition": {"name": "rotations", "clients": 5, "groups": 2, "train": 10, "validation": 4, "test": 6},
     "model": {"name": "mlp", "hidden": [8]},
     "rounds": 1,
+}
+
+
+SUITE: Table = {
+    "title": "Small",
+    "seeds": [0, 1],
+    "lr": [0.1, 0.3],
+    "extensions": 1,
+    "reference": "fedavg",
+    "defaults": {"source": {"name": "digits"}, "model": {"name": "mlp", "hidden": [8]}, "rounds": 2},
+    "settings": {"turned": {"title": "Turned", "partition": SMALL["partition"], "groups": 2}},
+    "methods": {"fedavg": {"name": "fedavg"}, "ifca": {"name": "ifca", "told": "d"}},
+    "goals": [{"key": "g", "setting": "turned", "left": "ifca", "right": ["fedavg"], "demand": 1.0}],
 }
 
 
@@ -142,6 +158,7 @@ def saved_targets(folder: Path) -> tuple[Target, ...]:
     rounds = content["rounds.jsonl"]
     return (
         Target("run.json", (content["run.json"],), changed_json, lambda b: run_from(b, "run.json"), 2),
+        Target("results of a benchmark", (_result(),), changed_json, lambda b: result_from(b, "runs.jsonl"), 1),
         Target("rounds.jsonl", (rounds,), changed_lines, _read_rounds, 2),
         Target("serving.json", (content["serving.json"],), changed_json, _said(serving_from), 2),
         Target("partition.json", (content["partition.json"],), changed_json, _said(partition_from), 1),
@@ -149,6 +166,42 @@ def saved_targets(folder: Path) -> tuple[Target, ...]:
             "models.safetensors", (content["models.safetensors"], _small_tensors()), changed_tensors, read_tensors, 4
         ),
     )
+
+
+def _result() -> bytes:
+    """One line of a benchmark's store."""
+    ticket = Ticket("key", "request", "setting", "fedavg", 0, "report")
+    found = Result(
+        **dataclasses.asdict(ticket), method="fedavg", options={"a": 1}, status="finished", message="", versions={},
+        test=(0.5, None), num_test=(3, 4), state={"num_models": 1},
+    )  # fmt: skip
+    return to_line(found).encode()
+
+
+def _checkpoint() -> bytes:
+    """A checkpoint as a run writes it, of two small tensors."""
+    tensors, digits = _small_tensors(), "0" * 64
+    return packed(Manifest(3, digits, digits, digest(tensors), 100, digits, 2, digits, 1.5), tensors)
+
+
+def changed_checkpoint(draws: Draws, content: bytes) -> bytes:
+    """Changed anywhere; or its manifest or tensors changed and its digests made to fit, as a forger would."""
+    if draws.integers(3) == 0:
+        return changed_bytes(draws, content)
+    start = len(MAGIC) + 8
+    stop = start + int.from_bytes(content[len(MAGIC) : start], "little")
+    manifest, tensors = content[start:stop], content[stop + 32 :]
+    if draws.integers(2):
+        tensors = changed_tensors(draws, tensors)
+        manifest = json.dumps({**json.loads(manifest), "tensors": digest(tensors)}).encode()
+    else:
+        manifest = changed_json(draws, manifest)
+    head = MAGIC + len(manifest).to_bytes(8, "little") + manifest
+    return head + hashlib.sha256(head).digest() + tensors
+
+
+def _read_checkpoint(content: bytes) -> object:
+    return read_tensors(unpacked(content)[1])
 
 
 def _read_rounds(content: bytes) -> object:
@@ -176,16 +229,14 @@ def _small_tensors() -> bytes:
 def config_targets() -> tuple[Target, ...]:
     """Configurations, words of the command line, suites."""
     tables = config_tables()
-    suites = tuple(read_toml(suite_path(name)) for name in ("short", "lora"))
-    small = tuple({**suite, "methods": dict(itertools.islice(suite["methods"].items(), 3))} for suite in suites)
     return (
         Target("configuration, table", tables, changed_table, build_config, 8, names_keys=True),
         Target(
             "configuration, TOML", tables, changed_toml, through_file(lambda p: build_config(read_toml(p)), "c.toml"), 5
         ),
         Target("configuration, words", tables, changed_words, lambda case: build_config(override(*case)), 3),
-        Target("suite, TOML", small, changed_toml, through_file(lambda p: read_suite(str(p)), "s.toml"), 1),
-        Target("suite, table", small, lambda draws, suite: changed_table(draws, suite)[0], suite_of, 1),
+        Target("suite, TOML", (SUITE,), changed_toml, through_file(lambda p: read_suite(str(p)), "s.toml"), 1),
+        Target("suite, table", (SUITE,), lambda draws, suite: changed_table(draws, suite)[0], suite_of, 1),
     )
 
 
@@ -195,7 +246,7 @@ def data_targets() -> tuple[Target, ...]:
         Target("client .npz", (_npz(), _npz(compressed=True)), changed_bytes, _file_reader(".npz"), 2),
         Target("client .csv", (b"a,b,label\n1,2,x\n3,4,y\n5.5,-1e3,x\n",), changed_bytes, _file_reader(".csv"), 2),
         Target(
-            "client .csv of texts", (b"text,label\nan egg,x\n,y\n",), changed_bytes, _file_reader(".csv", "text"), 1
+            "client .csv of texts", (b"text,label\nan egg,x\nmilk,y\n",), changed_bytes, _file_reader(".csv", "text"), 1
         ),
         Target("wheel", (_zip(),), changed_bytes, through_file(lambda p: read_wheel_folder(p, ""), "x.whl"), 1),
         Target("tgz", (_tgz(),), changed_bytes, through_file(lambda p: read_tgz_folder(p, ""), "x.tgz"), 1),
@@ -244,4 +295,4 @@ def all_targets() -> tuple[Target, ...]:
     return (*config_targets(), *saved_targets(run_folder()), *data_targets())
 
 
-__all__ = ["Change", "Target", "all_targets"]
+__all__ = ["Target", "all_targets"]

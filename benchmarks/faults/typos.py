@@ -11,9 +11,8 @@ from fedmerge.cli.arguments import _COMMANDS
 from fedmerge.core.nearest import nearest
 from fedmerge.core.options import option_fields
 from fedmerge.data import PARTITIONS, SOURCES
-from fedmerge.experiment.config import RunOptions
+from fedmerge.experiment.config import OPTION_TABLES, RunOptions
 from fedmerge.models import NETWORKS
-from fedmerge.training import LocalTraining
 
 LETTERS = string.ascii_lowercase + string.digits + "-_"
 
@@ -57,18 +56,22 @@ def answers(known: Iterable[str]) -> Answers:
     return Answers(len(names), len(meant), right, len(meant) - right - none, none)
 
 
-def answered() -> dict[str, Answers]:
-    """By kind of name."""
-    kinds: dict[str, Iterable[str]] = {
+def kinds_of_names() -> dict[str, Iterable[str]]:
+    """The names that stand beside each other."""
+    return {
         "commands": _COMMANDS,
         "methods": ALGORITHMS,
         "sources": [*SOURCES, "folder"],
         "partitions": PARTITIONS,
         "networks": NETWORKS,
         "run options": [*option_fields(RunOptions), "source", "partition", "model", "method", "training", "label"],
-        "training options": option_fields(LocalTraining),
+        **{f"{table} options": option_fields(cls) for table, cls in OPTION_TABLES.items()},
     }
-    found = {kind: answers(names) for kind, names in kinds.items()}
+
+
+def answered() -> dict[str, Answers]:
+    """By kind of name."""
+    found = {kind: answers(names) for kind, names in kinds_of_names().items()}
     each = [
         answers(option_fields(registry[name].cls))
         for registry in (ALGORITHMS, SOURCES, PARTITIONS, NETWORKS)

@@ -11,7 +11,7 @@ from fedmerge.cli.arguments import parser_of
 from fedmerge.cli.catalogue import markdown_of
 from fedmerge.cli.screen import err, escape
 from fedmerge.core.errors import FedmergeError, UsageError
-from fedmerge.core.text import printable
+from fedmerge.core.text import brief, printable
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,9 +35,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return 1
-    except OSError as error:  # a full disk, a lost folder
-        return _complain(FedmergeError(f"cannot read or write {error.filename or 'a file'}: {error.strerror}"), 1)
+    except (OSError, MemoryError) as error:  # a full disk, a lost folder, too little memory
+        return _complain(FedmergeError(_lack_of(error)), 1)
     return 0
+
+
+def _lack_of(error: OSError | MemoryError) -> str:
+    if isinstance(error, MemoryError):
+        return f"not enough memory: {str(error) or 'take fewer clients or a smaller network'}"
+    return f"cannot read or write {error.filename or 'a file'}: {error.strerror}"
 
 
 def _visible(record: logging.LogRecord) -> bool:
@@ -50,6 +56,8 @@ def _refuse_undecoded(words: Sequence[str]) -> None:
     for word in words:
         if not word.isprintable() and any(0xD800 <= ord(letter) < 0xE000 for letter in word):
             raise UsageError(f"got {word!a}, which is not a text in this system's encoding; expected UTF-8")
+        if "\0" in word:
+            raise UsageError(f"got {brief(word)}, which no argument can hold; leave the null character out")
 
 
 def _complain(error: FedmergeError, code: int) -> int:

@@ -16,6 +16,7 @@ from fedmerge.bench.workers import failures_text
 from fedmerge.cli.screen import err, say
 from fedmerge.core.errors import FedmergeError, UsageError
 from fedmerge.core.files import write_atomically
+from fedmerge.core.text import brief
 
 SUITE = "suite.toml"
 FAILURES = "failures.txt"
@@ -119,7 +120,7 @@ def _seeds(text: str | None) -> Sequence[int] | None:
     try:
         return [int(word) for word in text.split(",")]
     except ValueError as error:
-        raise UsageError(f"--seeds: got {text!r}; expected whole numbers such as 0,1") from error
+        raise UsageError(f"--seeds: got {brief(text)}; expected whole numbers such as 0,1") from error
 
 
 def _teller() -> Callable[[Standing], None]:

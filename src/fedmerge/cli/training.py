@@ -11,6 +11,7 @@ from fedmerge.cli.screen import err, print_attendance, print_search, print_table
 from fedmerge.cli.words import split_words, table_from
 from fedmerge.core.errors import UsageError, unknown_name
 from fedmerge.core.files import write_atomically
+from fedmerge.core.text import brief
 from fedmerge.experiment.comparison import free_folder, plan, run_jobs
 from fedmerge.experiment.config import assign, build_config, override, parse_value
 from fedmerge.experiment.execute import execute_config
@@ -137,8 +138,9 @@ def _seeds(text: str) -> list[int]:
     try:
         first, dash, last = text.partition("-")
         seeds = range(int(first), int(last) + 1) if dash else [int(word) for word in text.split(",")]
+        found = list(seeds[: _MOST_SEEDS + 1])  # a range may be longer than memory
     except ValueError:
-        seeds = []
-    if not 0 < len(seeds) <= _MOST_SEEDS:
-        raise UsageError(f"--seeds: got {text!r}; expected up to {_MOST_SEEDS} whole numbers, 0,1,2 or 0-4")
-    return list(seeds)
+        found = []
+    if not 0 < len(found) <= _MOST_SEEDS:
+        raise UsageError(f"--seeds: got {brief(text)}; expected up to {_MOST_SEEDS} whole numbers, 0,1,2 or 0-4")
+    return found

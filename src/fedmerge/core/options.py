@@ -68,6 +68,7 @@ def type_text(annotation: Any) -> str:
         bool: "true or false",
         str: "a text",
         dict: "a table",
+        Mapping: "a table",
     }
     words |= {Any: "anything", type(None): "none"}
     return words.get(origin or annotation, getattr(annotation, "__name__", str(annotation)))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedmerge.core.errors import FedmergeError, UsageError
+from fedmerge.core.errors import DataError, FedmergeError, UsageError
 from fedmerge.core.protocol import Federation
 from fedmerge.core.randomness import fresh_module_randomness
 from fedmerge.core.vector import Layout, twin
@@ -32,7 +32,22 @@ def load_data(source: Any, partition: Any, seed: int, model: Any = None) -> Fede
     if isinstance(source, FolderOptions):
         return from_folder(source, seed=seed, encoder=encoder)
     pool = source.load()
+    _refuse_crowd(partition, len(pool), pool.name)
     return deal(pool, partition.split(pool, seed), encoder)
+
+
+_MOST_CLIENTS_PER_ITEM = 100  # some ways of dealing out give an item to several clients
+
+
+def _refuse_crowd(partition: Any, num_items: int, pool: str) -> None:
+    """Refuses numbers of clients that no pool can serve before anything of that size is made."""
+    for name in ("clients", "clients_per_domain", "clients_per_task"):
+        asked = getattr(partition, name, None)
+        if isinstance(asked, int) and asked > _MOST_CLIENTS_PER_ITEM * num_items:
+            raise DataError(
+                f"partition.{name}: got {asked} for {pool}, which has {num_items} items; every client needs one at "
+                "least: take fewer clients"
+            )
 
 
 def encoder_of(model: Any) -> Encoder | None:
