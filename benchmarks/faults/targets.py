@@ -158,6 +158,7 @@ def saved_targets(folder: Path) -> tuple[Target, ...]:
     rounds = content["rounds.jsonl"]
     return (
         Target("run.json", (content["run.json"],), changed_json, lambda b: run_from(b, "run.json"), 2),
+        Target("checkpoint", (_checkpoint(),), changed_checkpoint, _read_checkpoint, 2),
         Target("results of a benchmark", (_result(),), changed_json, lambda b: result_from(b, "runs.jsonl"), 1),
         Target("rounds.jsonl", (rounds,), changed_lines, _read_rounds, 2),
         Target("serving.json", (content["serving.json"],), changed_json, _said(serving_from), 2),

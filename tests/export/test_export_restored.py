@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -47,7 +48,8 @@ def make_normed() -> nn.Module:
 
 @pytest.mark.parametrize("method", list(ALGORITHMS))
 def test_run_and_run_folder_have_the_same_models(method: str, tmp_path: Path) -> None:
-    run = fedmerge.run(tables(), method=method, out=tmp_path / "run", **SMALL)
+    table = {"name": method, **({"noise_multiplier": 0} if method == "dp-fedmerge" else {})}  # then it claims nothing
+    run = fedmerge.run(tables(), method=table, out=tmp_path / "run", **SMALL)
     live, restored = trained_of_outcome(run.outcome), trained_of_folder(tmp_path / "run")
     if method in NEED_EXAMPLES:
         with pytest.raises(fedmerge.UsageError, match="makes a client's model from its examples"):
@@ -119,9 +121,25 @@ def without_tensor(folder: Path) -> None:
     save_file(tensors, folder / "models.safetensors")
 
 
+def with_network(hidden: list[int], claimed: int | None = None) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        serving = json.loads((folder / "serving.json").read_text())
+        serving["model"]["hidden"] = hidden
+        (folder / "serving.json").write_text(json.dumps(serving))
+        if claimed is not None:
+            run = json.loads((folder / "run.json").read_text())
+            (folder / "run.json").write_text(json.dumps({**run, "num_params": claimed}))
+
+    return apply
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
+        (with_network([10**5, 10**5]), "names a network of 10,001,000,003 parameters"),
+        (with_network([10**5, 10**5], claimed=2**62), "names a network of 10,001,000,003 parameters"),
+        (with_network([10**12]), "names a network of "),
+        (with_network([2**62, 2**62]), "could not be made"),
         (lambda folder: (folder / "models.safetensors").write_bytes(b"x"), r"models\.safetensors is damaged"),
         (lambda folder: (folder / "models.safetensors").unlink(), r"models\.safetensors is damaged"),
         (without_tensor, "the saved state has no 'soup.logits'"),

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from fedmerge.core.errors import FedmergeError, UsageError, unknown_name
@@ -67,6 +68,38 @@ def refuse_other_draw(serving: Serving, module: nn.Module, folder: Path) -> None
         raise FedmergeError(
             f"{folder}: the frozen factors A of its adapters are drawn from the seed and came out differently here; "
             "use the versions of torch and peft that the run was made with (run.json)"
+        )
+
+
+def refuse_larger(serving: Serving, shape: tuple[int, ...], num_classes: int, num_params: int, folder: Path) -> None:
+    """Refuses a network that is larger than what the folder holds, before any of it is allocated.
+
+    Args:
+        serving: Names the network.
+        shape: Of one input.
+        num_classes: K.
+        num_params: Of the run's network, P, as ``run.json`` says.
+        folder: Of the run; its tensors have P numbers at least.
+
+    Raises:
+        FedmergeError: naming both sizes.
+    """
+    name = None if serving.model is None else serving.model.get("name")
+    if name in (None, "hf", "import") or serving.options.frozen:
+        return
+    recipe = recipe_of(serving, folder)
+    path = folder / "models.safetensors"
+    limit = min(num_params, path.stat().st_size if path.is_file() else num_params)
+    try:
+        with torch.device("meta"):
+            made = recipe.build(shape, num_classes)
+    except (RuntimeError, ValueError, TypeError, OverflowError, FedmergeError):  # told where it is made in earnest
+        return
+    size = sum(tensor.numel() for tensor in (*made.parameters(), *made.buffers()))
+    if size > limit:
+        raise FedmergeError(
+            f"{folder} is damaged: serving.json names a network of {size:,} parameters; the run has {limit:,} at most; "
+            "make it again"
         )
 
 

@@ -31,7 +31,7 @@ from fedmerge.experiment.federation import (
     make_module,
 )
 from fedmerge.experiment.record import RunRecord, read_run
-from fedmerge.experiment.serving import Serving, read_serving, recipe_of, recipe_table, refuse_other_draw
+from fedmerge.experiment.serving import Serving, read_serving, recipe_of, recipe_table, refuse_larger, refuse_other_draw
 from fedmerge.experiment.simulation import Progress, Setup, models_now, one_thread
 from fedmerge.experiment.trial import choose_engine
 from fedmerge.runtime import Fleet, Sequential
@@ -142,6 +142,10 @@ def trained_of_folder(folder: Path, model: Any = None) -> Trained:
     serving = read_serving(folder)
     if serving is None:
         raise FedmergeError(f"{folder} has no serving.json, which names its network; make the run again")
+    tensors = _tensors(folder / "models.safetensors", folder)
+    if model is None:
+        data = _nameless(record, serving)
+        refuse_larger(serving, data.input_shape, data.num_classes, record.num_params, folder)
     recipe = model if model is not None else recipe_of(serving, folder)
     setup = _setup(record, serving, recipe)
     refuse_other_draw(serving, setup.module, folder)
@@ -150,7 +154,6 @@ def trained_of_folder(folder: Path, model: Any = None) -> Trained:
             f"model: got a {type(setup.module).__name__} of {setup.layout.num_params} parameters; the run's network "
             f"has {record.num_params}. Give the network that the run was made with"
         )
-    tensors = _tensors(folder / "models.safetensors", folder)
     return Trained(record, serving, recipe, setup, _progress(setup, tensors, record, folder), folder)
 
 

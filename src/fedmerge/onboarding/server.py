@@ -23,7 +23,7 @@ from fedmerge.experiment.config import Config, build_config, read_toml
 from fedmerge.experiment.execute import Outcome
 from fedmerge.experiment.federation import load_data, make_module
 from fedmerge.experiment.record import RunRecord, read_run
-from fedmerge.experiment.serving import Serving, read_serving, recipe_of, recipe_table, refuse_other_draw
+from fedmerge.experiment.serving import Serving, read_serving, recipe_of, recipe_table, refuse_larger, refuse_other_draw
 
 
 @dataclass(frozen=True)
@@ -170,6 +170,9 @@ def server_of_folder(folder: Path, model: Any = None) -> Server:
     _refuse_without_models(state, record)
     config = _config_of(folder)
     serving = _serving_of(folder, config)
+    if model is None:
+        data = _shapes(serving.form, record)
+        refuse_larger(serving, data.input_shape, data.num_classes, record.num_params, folder)
     recipe = model if model is not None else recipe_of(serving, folder)
     module = make_module(recipe, _shapes(serving.form, record), record.seed, dtype=serving.options.dtype)
     refuse_other_draw(serving, module, folder)
