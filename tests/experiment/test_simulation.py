@@ -30,6 +30,7 @@ METHODS = {name: {"name": name} for name in ALGORITHMS} | {
     "ifca": {"name": "ifca", "num_models": 2},
     "fedmerge": {"name": "fedmerge", "num_models": 2, "initial": "noise"},
 }
+METHODS["dp-fedmerge"] = {"name": "dp-fedmerge", "noise_multiplier": 0}  # with noise it has conditions of its own
 each_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 
 

@@ -25,7 +25,7 @@ def privacy_of(
     Raises:
         UsageError: with every condition of the proof that does not hold, or if the noise would drown the signal.
     """
-    if not isinstance(algorithm, DpFedMerge):
+    if not isinstance(algorithm, DpFedMerge) or algorithm.noise_multiplier == 0:  # without noise nothing is claimed
         return None
     refuse(_facts(algorithm, played, layout, options))
     found = forecast(
