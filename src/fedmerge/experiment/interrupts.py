@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def interrupts_held() -> Iterator[None]:
-    """Within the block Ctrl-C waits; processes that begin in it inherit that until they say otherwise."""
+    """Within the block Ctrl-C waits as far as this thread goes; processes that begin in it inherit that."""
     if sys.platform == "win32":
         yield
         return
