@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedmerge.core.errors import FedmergeError, unknown_name
+from fedmerge.core.errors import FedmergeError, together, unknown_name
 from fedmerge.core.nearest import nearest
 from fedmerge.core.text import brief, is_visible, printable, shortened
 
@@ -98,3 +98,9 @@ def test_a_file_with_a_hundred_thousand_columns_gives_a_short_message() -> None:
     assert "\x1b" not in message
     assert message.endswith(" and 99800 more")
     assert len(message) < 10_000
+
+
+def test_a_thousand_faults_are_counted_and_not_all_told() -> None:
+    message = together([f"key-{number}: missing" for number in range(1000)])
+    assert message.splitlines()[-2:] == ["key-24: missing", "and 975 more like these"]
+    assert together(["one"]) == "one"

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fedmerge.core.errors import FedmergeError
+from fedmerge.core.errors import FedmergeError, together
 from fedmerge.core.options import build_options
 from fedmerge.experiment.config import Config, method_options
 from fedmerge.experiment.record import RunRecord, Scores, to_plain
@@ -214,5 +214,5 @@ def from_plain(plain: Mapping[str, Any], where: str) -> Result:
     faults: list[str] = []
     result = build_options(Result, plain, where, faults)
     if result is None:
-        raise FedmergeError("\n".join(faults))
+        raise FedmergeError(together(faults))
     return result

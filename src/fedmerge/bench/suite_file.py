@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fedmerge.bench.suite import Goal, Method, Protocol, Setting, Suite, method_table
-from fedmerge.core.errors import UsageError, unknown_name
+from fedmerge.core.errors import UsageError, together, unknown_name
 from fedmerge.core.options import build_options, option, option_fields
+from fedmerge.core.text import brief
 from fedmerge.experiment.config import Table, build_config, check_label, read_toml
 
 BUILT_IN = ("short", "full", "lora")
@@ -79,20 +80,20 @@ def suite_of(table: Mapping[str, Any]) -> Suite:
     head = {key: value for key, value in table.items() if key not in {"settings", "methods", "goals", "defaults"}}
     protocol = build_options(Protocol, head, "suite", faults)
     if protocol is None:
-        raise UsageError("\n".join(faults))
+        raise UsageError(together(faults))
     methods = {label: _method(label, given, protocol, faults) for label, given in parts["methods"].items()}
     settings = {key: _setting(key, given, defaults, methods, faults) for key, given in parts["settings"].items()}
     goals = tuple(_goals(table.get("goals", []), settings, faults))
     faults += _faults_of_protocol(protocol, settings, methods)
     if faults:
-        raise UsageError("\n".join(dict.fromkeys(faults)))
+        raise UsageError(together(dict.fromkeys(faults)))
     return Suite(protocol, settings, methods, goals)
 
 
 def _plain_table(value: Any, where: str, faults: list[str]) -> Table:
     if isinstance(value, Mapping):
         return dict(value)
-    faults.append(f"{where}: got {value!r}; expected a table")
+    faults.append(f"{where}: got {brief(value)}; expected a table")
     return {}
 
 
@@ -125,7 +126,9 @@ def _method(label: str, given: Table, protocol: Protocol, faults: list[str]) -> 
     rates = tuple(sorted(options.lr if options.lr is not None else protocol.lr))
     strange = [rate for rate in rates if rate not in protocol.ladder]
     if strange or not rates:
-        faults.append(f"{where}.lr: got {list(rates)}; expected rates of the ladder {list(protocol.ladder)}")
+        faults.append(
+            f"{where}.lr: got {brief(list(rates))}; expected rates of the ladder {brief(list(protocol.ladder))}"
+        )
     told = "num_models" if options.told == TOLD else options.told
     grid = _options_grid(where, options.options_grid or {}, faults)
     method = Method(label, table, rates, options.needs, told, grid, options.everywhere, options.control)
@@ -139,7 +142,7 @@ def _refuse_rate(where: str, table: Table, faults: list[str]) -> None:
     training = table.get("training")
     if isinstance(training, Mapping) and "lr" in training:
         faults.append(
-            f"{where}.training.lr: got {training['lr']!r}, but rates are tuned; give `lr = [...]` to a method"
+            f"{where}.training.lr: got {brief(training['lr'])}, but rates are tuned; give `lr = [...]` to a method"
         )
 
 
@@ -152,7 +155,8 @@ def _options_grid(where: str, given: Mapping[str, Any], faults: list[str]) -> di
     runs = sum(map(len, plain.values()))
     if len(plain) < len(given) or runs > MOST_EXTRA_RUNS:
         faults.append(
-            f"{where}.options_grid: got {dict(given)}; expected lists of plain values, {MOST_EXTRA_RUNS} in all at most"
+            f"{where}.options_grid: got {brief(dict(given))}; expected lists of plain values, {MOST_EXTRA_RUNS} in all "
+            "at most"
         )
     return plain
 
@@ -167,7 +171,9 @@ def _complain(where: str, table: Table, faults: list[str]) -> None:
 def _setting(key: str, given: Table, defaults: Table, methods: Mapping[str, Method], faults: list[str]) -> Setting:
     where = f"settings.{key}"
     if set(key) & {"/", "\\"} or not key.isprintable():
-        faults.append(f"{where}: got {key!r}; expected a name of one line without slashes: figures are called by it")
+        faults.append(
+            f"{where}: got {brief(key)}; expected a name of one line without slashes: figures are called by it"
+        )
     ours, base = _split(_SettingOptions, given)
     options = build_options(_SettingOptions, ours, where, faults) or _SettingOptions()
     base = _merged(defaults, base)
@@ -204,7 +210,7 @@ def _merged(defaults: Table, own: Table) -> Table:
 
 def _goals(given: Any, settings: Mapping[str, Setting], faults: list[str]) -> list[Goal]:
     if not isinstance(given, list):
-        faults.append(f"goals: got {given!r}; expected tables [[goals]]")
+        faults.append(f"goals: got {brief(given)}; expected tables [[goals]]")
         return []
     goals = []
     for number, entry in enumerate(given, 1):
@@ -232,9 +238,9 @@ def _faults_of_protocol(
     if protocol.tuning_seed in protocol.seeds:
         faults.append(f"suite.tuning_seed: got {protocol.tuning_seed}, which is among the reported seeds")
     if len({*protocol.seeds}) < len(protocol.seeds) or not protocol.seeds:
-        faults.append(f"suite.seeds: got {list(protocol.seeds)}; expected at least one, each once")
+        faults.append(f"suite.seeds: got {brief(list(protocol.seeds))}; expected at least one, each once")
     if list(protocol.ladder) != sorted({*protocol.ladder}):
-        faults.append(f"suite.ladder: got {list(protocol.ladder)}; expected ascending rates, each once")
+        faults.append(f"suite.ladder: got {brief(list(protocol.ladder))}; expected ascending rates, each once")
     if methods and protocol.reference not in methods:
         faults.append(f"suite.reference: {unknown_name('method', protocol.reference, methods)}")
     faults += [

@@ -9,6 +9,8 @@ from fedmerge.core.text import brief, printable, shortened
 
 MOST_NAMED = 200
 """Known names that a message lists."""
+MOST_FAULTS = 25
+"""Faults that a message lists."""
 
 
 class FedmergeError(Exception):
@@ -39,6 +41,17 @@ class RowError(DataError):
     def __init__(self, row: int, message: str) -> None:
         super().__init__(message)
         self.row = row
+
+
+def together(faults: Iterable[str]) -> str:
+    r"""All faults of one thing as one message, a line for each; what is beyond `MOST_FAULTS` is counted.
+
+    >>> together(["a: missing", "b: missing"])
+    'a: missing\nb: missing'
+    """
+    lines = list(faults)
+    more = [f"and {len(lines) - MOST_FAULTS} more like these"] if len(lines) > MOST_FAULTS else []
+    return "\n".join([*lines[:MOST_FAULTS], *more])
 
 
 def unknown_name(what: str, name: object, known: Iterable[str]) -> str:

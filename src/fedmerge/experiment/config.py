@@ -17,7 +17,7 @@ import torch
 from fedmerge.algorithms import ALGORITHMS
 from fedmerge.algorithms.fedmerge import FedMerge
 from fedmerge.core.defences import Defences
-from fedmerge.core.errors import UsageError, unknown_name
+from fedmerge.core.errors import UsageError, together, unknown_name
 from fedmerge.core.options import build_options, check_options, option, option_fields
 from fedmerge.core.registry import Registry
 from fedmerge.core.strict_json import read_bounded, refuse_depth
@@ -235,7 +235,7 @@ def build_config(table: Mapping[str, Any]) -> Config:
     label = table.get("label", "")
     check_label(label, faults)
     if faults or run is None or training is None:
-        raise UsageError("\n".join(faults))
+        raise UsageError(together(faults))
     return Config(**chosen, training=training, run=run, label=label)
 
 

@@ -27,7 +27,7 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 
-from fedmerge.core.errors import FedmergeError
+from fedmerge.core.errors import FedmergeError, together
 from fedmerge.core.files import append_text, write_atomically
 from fedmerge.core.options import build_options
 from fedmerge.core.strict_json import MOST_FILE_BYTES, parse_json_table, read_bounded
@@ -239,11 +239,8 @@ def _record_of(
     if record is not None:
         faults += [f"{where}: {fault}" for fault in check(record)]
     if record is None or faults:
-        raise FedmergeError("\n".join(faults[:_MOST_FAULTS]))
+        raise FedmergeError(together(faults))
     return record
-
-
-_MOST_FAULTS = 20
 
 
 def _read_rounds(path: Path, num_clients: int) -> tuple[RoundRecord, ...]:
