@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fedmerge.core.errors import DataError
+from fedmerge.core.errors import MOST_FAULTS, DataError
 from fedmerge.core.files import write_atomically
 from fedmerge.core.options import build_options
 from fedmerge.core.strict_json import parse_json_table, read_bounded
@@ -211,7 +211,7 @@ def _from_plain(plain: dict[str, Any]) -> Partition:
     clients = tuple(_part(part, faults) for part in (parts if isinstance(parts, list) else ()))
     partition = None if faults else build_options(Partition, {**plain, "clients": clients}, "partition", faults)
     if partition is None:
-        raise DataError("; ".join(faults))
+        raise DataError("; ".join(faults[:MOST_FAULTS]))
     return partition
 
 
