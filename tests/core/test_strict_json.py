@@ -16,7 +16,7 @@ from fedmerge.core.strict_json import MOST_DEPTH, parse_json, parse_json_table, 
 plain = st.recursive(
     st.none()
     | st.booleans()
-    | st.integers(-(2**70), 2**70)
+    | st.integers(-(2**63), 2**64 - 1)
     | st.floats(allow_nan=False, allow_infinity=False)
     | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
@@ -36,6 +36,9 @@ def test_what_json_writes_is_read_alike(value: object) -> None:
         ('{"x": {"\\u001b": 1, "\\u001b": 3}}', r"the key '\\x1b' stands twice"),
         ("NaN", "got NaN"),
         ("[-Infinity]", "got -Infinity"),
+        (str(2**64), "got 18446744073709551616, which no 64 bits can hold"),
+        (str(-(2**63) - 1), "which no 64 bits can hold"),
+        (f'{{"a": [1{"0" * 400}]}}', "which no 64 bits can hold"),
         ("[1e999]", "got 1e999, which is beyond any number"),
         ("[" * 100_000, "nested more than 32 deep"),
         ("9" * 5000, "Exceeds the limit"),

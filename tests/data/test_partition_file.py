@@ -54,7 +54,7 @@ TAMPERED = {
     "no hash": (lambda p: p.pop("sha256"), "it says sha256 None"),
     "a row below zero": (lambda p: p["clients"][0]["train"].__setitem__(0, -1), "expected 0..1199"),
     "a row beyond the pool": (lambda p: p["clients"][0]["test"].__setitem__(0, 1200), "expected 0..1199"),
-    "a row beyond int64": (lambda p: p["clients"][0]["test"].__setitem__(0, 2**80), "expected a list of whole numbers"),
+    "a row beyond int64": (lambda p: p["clients"][0]["test"].__setitem__(0, 2**80), "which no 64 bits can hold"),
     "half a row": (
         lambda p: p["clients"][0]["train"].__setitem__(0, 1.5),
         "'a', train: expected a list of whole numbers",

@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"tasks": ["a"]}, "tasks: got 1 entries"),
         ({"class_counts": [[1]] * 5}, "class_counts: got (1,); expected 10 whole numbers >= 0 for each client"),
         ({"seed": -1}, "seed: got -1; expected a number >= 0"),
-        ({"num_params": 2**70}, "num_params: got 1180591620717411303424; expected a whole number"),
+        ({"num_params": 2**63}, "num_params: got 9223372036854775808; expected a whole number"),
         ({"seconds": -0.5}, "seconds: got -0.5"),
         ({"status": "done"}, "status: got 'done'; expected one of"),
         ({"options": {"gate": "x"}}, "options.gate: got 'x'; expected a number"),
@@ -81,7 +81,14 @@ def test_a_value_of_a_round_that_no_run_writes_is_told_by_its_key(folder: Path, 
 
 @pytest.mark.parametrize(
     "line",
-    [b'{"round": 1, "round": 2}\n', b'{"round": NaN}\n', b'{"round": 1e999}\n', b'["\\ud800"]\n', b"[" * 10**5 + b"\n"],
+    [
+        b'{"round": 1, "round": 2}\n',
+        b'{"round": NaN}\n',
+        b'{"round": 1e999}\n',
+        b'["\\ud800"]\n',
+        b'{"state": {"num_models": 1' + b"0" * 400 + b"}}\n",
+        b"[" * 10**5 + b"\n",
+    ],
 )
 def test_a_line_with_no_meaning_or_two_is_damaged(line: bytes) -> None:
     with pytest.raises(FedmergeError, match="line 1 is damaged"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,8 +24,8 @@ def parse_json(content: str | bytes) -> Any:
         content: A text, or its bytes in UTF-8.
 
     Raises:
-        ValueError: if it is not JSON, names a key twice, holds NaN, a number that no float can hold or half a
-            surrogate pair, or is nested more than `MOST_DEPTH` deep.
+        ValueError: if it is not JSON, names a key twice, holds NaN, a number that no float or no 64 bits can hold or
+            half a surrogate pair, or is nested more than `MOST_DEPTH` deep.
 
     >>> parse_json('{"a": [1, 2.5]}')
     {'a': [1, 2.5]}
@@ -34,7 +35,13 @@ def parse_json(content: str | bytes) -> Any:
     """
     text = content if isinstance(content, str) else content.decode("utf-8")
     try:
-        value = json.loads(text, object_pairs_hook=_table, parse_constant=_refuse_constant, parse_float=_finite)
+        value = json.loads(
+            text,
+            object_pairs_hook=_table,
+            parse_constant=_refuse_constant,
+            parse_float=_finite,
+            parse_int=_of_64_bits if _MANY_DIGITS.search(text) else None,  # a function for each of millions takes time
+        )
     except RecursionError:
         raise ValueError(f"it is nested more than {MOST_DEPTH} deep") from None
     refuse_depth(value)
@@ -107,6 +114,16 @@ def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse_constant(word: str) -> NoReturn:
     raise ValueError(f"got {word}; expected finite numbers")
+
+
+_MANY_DIGITS = re.compile("[0-9]{19}")
+
+
+def _of_64_bits(digits: str) -> int:
+    number = int(digits)
+    if not -(2**63) <= number < 2**64:
+        raise ValueError(f"got {digits[:40]}, which no 64 bits can hold")
+    return number
 
 
 def _finite(digits: str) -> float:
