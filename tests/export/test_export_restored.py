@@ -148,6 +148,8 @@ def with_network(hidden: list[int], claimed: int | None = None) -> Callable[[Pat
         (changed_tensor("server.method.soup.models", lambda t: t[:1]), "is damaged"),
         (changed_tensor("server.method.soup.logits", lambda t: t[:, :2]), "is damaged"),
         (changed_tensor("server.method.soup.logits", lambda t: t.float()), "expected torch.float64"),
+        (changed_tensor("server.method.blocks", lambda t: t.flatten()), "is damaged: models.safetensors"),
+        (changed_tensor("server.method.blocks", lambda t: t[:, :1]), "is damaged: models.safetensors"),
         (lambda folder: (folder / "serving.json").unlink(), "has no serving.json"),
         (lambda folder: (folder / "run.json").unlink(), "is not a run"),
     ],

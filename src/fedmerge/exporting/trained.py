@@ -242,7 +242,7 @@ def _refuse_misfits(state: Any, setup: Setup, record: RunRecord, folder: Path) -
     try:
         weights = setup.played.mixing(state)
         setup.played.send(state, torch.arange(len(record.client_names)))
-    except (RuntimeError, IndexError, ValueError) as error:
+    except (RuntimeError, IndexError, ValueError, TypeError) as error:
         raise _damaged(folder, f"models.safetensors: {_first_line(error)}") from error
     broken = [name for name, tensor in state_tensors(state).items() if name.endswith("models") and tensor.isnan().any()]
     if broken or (weights is not None and len(weights) != len(record.client_names)):
