@@ -162,6 +162,29 @@ def test_damage_is_named_in_one_line(saved: Path, tmp_path: Path, damage: Any, m
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t[:0], r"client\.2\.0 is float32 \[0\]; expected float32 \[57\]"),
+        (lambda t: torch.cat([t, t]), r"client\.2\.0 is float32 \[114\]"),
+        (lambda t: t[None], r"client\.2\.0 is float32 \[1, 57\]"),
+        (lambda t: t.double(), r"client\.2\.0 is float64 \[57\]; expected float32"),
+        (None, r"it has no client\.2\.0"),
+    ],
+)
+def test_what_a_client_kept_must_have_the_form_of_its_own(tmp_path: Path, change: Any, message: str) -> None:
+    fedmerge.run(tables(), method="ditto", out=tmp_path / "run", **SMALL)
+    path = tmp_path / "run" / "models.safetensors"
+    tensors = load_file(path)
+    if change is None:
+        del tensors["client.2.0"]
+    else:
+        tensors["client.2.0"] = change(tensors["client.2.0"]).contiguous()
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, path)
+    with pytest.raises(fedmerge.FedmergeError, match=message):
+        trained_of_folder(tmp_path / "run").personal(2)
+
+
 def test_a_run_that_was_interrupted_is_refused(tmp_path: Path) -> None:
     def stop(record: Any) -> None:
         if record.round == 1:

@@ -353,6 +353,19 @@ def test_a_folder_that_is_no_run_or_damaged_is_refused(folder: Path, tmp_path: P
         ("server.method.soup.models", lambda models: models[:1], "soup.logits is float64 [1, 12, "),
         ("server.method.soup.logits", lambda logits: logits[:, :3], "soup.logits is float64 [1, 3, "),
         ("server.method.soup.logits", lambda logits: logits * torch.nan, "expected numbers only"),
+        (
+            "server.method.soup.logits",
+            lambda logits: torch.cat([logits, logits]),
+            "blocks is int64 [1, 2]; expected 2 ",
+        ),
+        ("server.method.blocks", lambda blocks: blocks.flatten(), "blocks is int64 [2]; expected 1 ranges"),
+        (
+            "server.method.blocks",
+            lambda blocks: torch.cat([blocks, blocks]),
+            "blocks is int64 [2, 2]; expected 1 ranges",
+        ),
+        ("server.method.blocks", lambda blocks: blocks + 1, "ranges one after another, from 0 to "),
+        ("server.method.blocks", lambda blocks: blocks.double(), "blocks is float64 [1, 2]"),
     ],
 )
 def test_a_whole_file_of_wrong_tensors_is_refused(

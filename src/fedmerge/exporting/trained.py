@@ -83,6 +83,8 @@ class Trained:
                 found = self._without_examples(index)
             except _NeedsExamples:
                 found = models_now(_with_examples(self.setup, self.record, self.folder), self.progress)[index]
+            except (RuntimeError, IndexError, ValueError, TypeError) as error:  # tensors that do not fit each other
+                raise _damaged(self.folder, f"models.safetensors: {_first_line(error)}") from error
         if any(len(vector) != self.record.num_params or not vector.isfinite().all() for vector in members(found)):
             raise _damaged(self.folder, "a client's model is not finite, or not as long as its network")
         return found
@@ -222,7 +224,7 @@ def _progress(setup: Setup, tensors: Mapping[str, Tensor], record: RunRecord, fo
         state = with_tensors(template, unguarded(server))
         fleet = Fleet(
             private=tuple(_private(setup, start, tensors, i) for i in range(len(record.client_names))),
-            buffers=tuple(tensors.get(f"buffers.{i}", start[T:]) for i in range(len(record.client_names))),
+            buffers=tuple(_like(tensors, f"buffers.{i}", start[T:]) for i in range(len(record.client_names))),
             policy=setup.options.buffers,
             num_trainable=T,
         )
@@ -234,7 +236,21 @@ def _progress(setup: Setup, tensors: Mapping[str, Tensor], record: RunRecord, fo
 
 def _private(setup: Setup, start: Tensor, tensors: Mapping[str, Tensor], client: int) -> Any:
     leaves, structure = tree_flatten(setup.played.start(start))
-    return tree_unflatten([tensors[f"client.{client}.{k}"] for k in range(len(leaves))], structure)
+    names = [f"client.{client}.{k}" for k in range(len(leaves))]
+    missing = [name for name in names if name not in tensors]
+    if missing:
+        raise FedmergeError(f"it has no {missing[0]}")
+    return tree_unflatten([_like(tensors, name, leaf) for name, leaf in zip(names, leaves, strict=True)], structure)
+
+
+def _like(tensors: Mapping[str, Tensor], name: str, own: Tensor) -> Tensor:
+    """A client's saved tensor, which has the form of a fresh client's; that one itself where none was saved."""
+    found = tensors.get(name, own)
+    if found.shape != own.shape or found.dtype != own.dtype:
+        raise FedmergeError(
+            f"{name} is {found.dtype} {list(found.shape)}; expected {own.dtype} {list(own.shape)}".replace("torch.", "")
+        )
+    return found
 
 
 def _refuse_misfits(state: Any, setup: Setup, record: RunRecord, folder: Path) -> None:

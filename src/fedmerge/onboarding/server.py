@@ -241,6 +241,15 @@ def _refuse_damaged(state: Mapping[str, Tensor], record: RunRecord, path: Path, 
         raise _damaged(path, "soup.logits", logits, f"floats [groups of layers, {expected[0]}, {expected[1]}]")
     if logits.isnan().any():
         raise _damaged(path, "soup.logits", logits, "numbers only")
+    _refuse_damaged_blocks(state.get("blocks", torch.tensor([[0, size]])), path, size, len(logits))
+
+
+def _refuse_damaged_blocks(blocks: Tensor, path: Path, size: int, count: int) -> None:
+    """Ranges that share a row of weights must be one after another, from the vector's first number to its last."""
+    whole = blocks.dtype == torch.int64 and tuple(blocks.shape) == (count, 2)
+    ends = [0, *blocks[:, 1].tolist()] if whole else []
+    if not whole or blocks[:, 0].tolist() != ends[:-1] or ends != sorted(ends) or ends[-1] != size:
+        raise _damaged(path, "blocks", blocks, f"{count} ranges one after another, from 0 to {size}")
 
 
 def _damaged(path: Path, name: str, tensor: Tensor, expected: str) -> FedmergeError:
