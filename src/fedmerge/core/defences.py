@@ -17,10 +17,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from fedmerge.core.ensemble import Personal
+from fedmerge.core import around
 from fedmerge.core.errors import UsageError
 from fedmerge.core.options import check_options, option
-from fedmerge.core.protocol import Algorithm, Batches, Cost, Draw, Federation, Task, Update
+from fedmerge.core.protocol import Algorithm, Cost, Draw, Federation, Update
 from fedmerge.core.sums import squared_norms
 
 VOTERS = 25
@@ -94,11 +94,6 @@ class Guarded:
     algorithm: Algorithm[Any]
     defences: Defences
 
-    @property
-    def trains_several(self) -> bool:
-        """As of the method."""
-        return bool(getattr(self.algorithm, "trains_several", False))
-
     # ---------------------------------------------------------------- server
 
     def init(self, draw: Draw, federation: Federation, seed: int) -> Watched:
@@ -115,10 +110,6 @@ class Guarded:
             clipped=nobody,
             capped=nobody,
         )
-
-    def send(self, state: Watched, clients: Int[Tensor, " C"]) -> Any:
-        """The method's."""
-        return self.algorithm.send(state.method, clients)
 
     def receive(
         self, state: Watched, clients: Int[Tensor, " C"], update: Any, num_examples: Int[Tensor, " C"]
@@ -177,23 +168,14 @@ class Guarded:
             "capped": int(state.capped.sum()),
         }
 
-    def mixing(self, state: Watched) -> Float[Tensor, "N d"] | None:
-        """The method's."""
-        return self.algorithm.mixing(state.method)
-
-    # ---------------------------------------------------------------- client
-
-    def start(self, params: Float[Tensor, " P"]) -> Any:
-        """The method's."""
-        return self.algorithm.start(params)
-
-    def train(self, down: Any, local: Any, batches: Batches, task: Task) -> tuple[Any, Any]:
-        """The method's."""
-        return self.algorithm.train(down, local, batches, task)
-
-    def personal(self, down: Any, local: Any, batches: Batches, task: Task) -> Personal:
-        """The method's."""
-        return self.algorithm.personal(down, local, batches, task)
+    trains_several = around.trains_several
+    check_reply = around.check_reply
+    silence = around.silence
+    send = around.send
+    mixing = around.mixing
+    start = around.start
+    train = around.train
+    personal = around.personal
 
 
 def _shortened(

@@ -146,10 +146,6 @@ class _WithOwnPart:
         self._slope = gathered(slope.gradient, self._kept)
         return slope._replace(gradient=gathered(slope.gradient, rest(self._kept, len(slope.gradient))))
 
-    def train(self, params: Tensor, batches: Batches, *, pull: float = 0.0, towards: Tensor | None = None) -> Tensor:
-        """Local SGD over `batches`."""
-        return self.descend(params, batches, self.gradient, pull=pull, towards=towards)
-
     def descend(
         self,
         params: Tensor,
@@ -173,6 +169,7 @@ class _WithOwnPart:
         self.values = after[:size]
         return after[size:]
 
+    train = completing.train
     gradient = completing.gradient
     slope_through = completing.slope_through
     features = completing.features

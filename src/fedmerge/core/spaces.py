@@ -6,30 +6,27 @@ averages of the products B A, always or as long as the two differ by much. How m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fedmerge.core import around
 from fedmerge.core.adapters import Pair, averaging_error, pairs_of, product_means
-from fedmerge.core.ensemble import Personal
 from fedmerge.core.errors import UsageError
 from fedmerge.core.protocol import (
     Algorithm,
-    Batches,
     Cost,
     Draw,
     Federation,
-    Task,
     Update,
     server_models,
     state_tensors,
     with_server_models,
 )
-from fedmerge.core.replies import Check, check_of
 from fedmerge.core.soup import shares
 from fedmerge.core.sums import weighted_sum
 from fedmerge.core.vector import Layout
@@ -69,22 +66,6 @@ class InSpace:
     algorithm: Algorithm[Any]
     pairs: tuple[Pair, ...]
     space: Merging
-
-    @property
-    def trains_several(self) -> bool:
-        """As of the method."""
-        return bool(getattr(self.algorithm, "trains_several", False))
-
-    @property
-    def check_reply(self) -> Check | None:
-        """As of the method."""
-        return check_of(self.algorithm)
-
-    @property
-    def silence(self) -> Callable[[Spaced], Spaced] | None:
-        """As of the method."""
-        inner = getattr(self.algorithm, "silence", None)
-        return None if inner is None else lambda state: replace(state, method=inner(state.method))
 
     # ---------------------------------------------------------------- server
 
@@ -227,23 +208,13 @@ class InSpace:
             "space": "product" if int(state.product) else "factors",
         }
 
-    def mixing(self, state: Spaced) -> Float[Tensor, "N d"] | None:
-        """The method's."""
-        return self.algorithm.mixing(state.method)
-
-    # ---------------------------------------------------------------- client
-
-    def start(self, params: Float[Tensor, " P"]) -> Any:
-        """The method's."""
-        return self.algorithm.start(params)
-
-    def train(self, down: Any, local: Any, batches: Batches, task: Task) -> tuple[Any, Any]:
-        """The method's."""
-        return self.algorithm.train(down, local, batches, task)
-
-    def personal(self, down: Any, local: Any, batches: Batches, task: Task) -> Personal:
-        """The method's."""
-        return self.algorithm.personal(down, local, batches, task)
+    trains_several = around.trains_several
+    check_reply = around.check_reply
+    silence = around.silence
+    mixing = around.mixing
+    start = around.start
+    train = around.train
+    personal = around.personal
 
 
 def _is_one_block(state: Any) -> bool:

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from fedmerge.core import completing
 from fedmerge.core.ensemble import Personal, members, with_members
 from fedmerge.core.errors import FedmergeError
-from fedmerge.core.protocol import Algorithm, Batch, Batches, Slope, Task, deliver, take, tree_bytes
+from fedmerge.core.protocol import Algorithm, Batches, Slope, Task, deliver, take, tree_bytes
 from fedmerge.core.replies import (
     Expected,
     Refusal,
@@ -242,22 +242,8 @@ class _OwnBuffers:
         self.buffers = slope.buffers
         return slope._replace(buffers=params[self._num_trainable :])
 
-    def descend(
-        self,
-        params: Tensor,
-        batches: Batches,
-        gradient: Callable[[Tensor, Batch], Slope],
-        *,
-        pull: float = 0.0,
-        towards: Tensor | None = None,
-    ) -> Tensor:
-        """As of the task."""
-        return self._task.descend(params, batches, gradient, pull=pull, towards=towards)
-
-    def train(self, params: Tensor, batches: Batches, *, pull: float = 0.0, towards: Tensor | None = None) -> Tensor:
-        """As of the task, on own buffers."""
-        return self._task.descend(params, batches, self.gradient, pull=pull, towards=towards)
-
+    train = completing.train
+    descend = completing.descend
     gradient = completing.gradient
     slope_through = completing.slope_through
     features = completing.features

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from fedmerge.core import completing
 from fedmerge.core.errors import UsageError
 from fedmerge.core.protocol import Batch, Batches, Slope
 from fedmerge.core.randomness import generator
@@ -202,25 +203,8 @@ class PrivateTask:
         self._used.add(found[0])
         return found[0]
 
-    def train(
-        self, params: Float[Tensor, " P"], batches: Batches, *, pull: float = 0.0, towards: Tensor | None = None
-    ) -> Float[Tensor, " P"]:
-        """Local training by protected gradients; the pull does not touch the data."""
-        return self.descend(params, batches, self.gradient, pull=pull, towards=towards)
-
-    def descend(
-        self,
-        params: Float[Tensor, " P"],
-        batches: Batches,
-        gradient: Callable[[Tensor, Batch], Slope],
-        *,
-        pull: float = 0.0,
-        towards: Tensor | None = None,
-    ) -> Float[Tensor, " P"]:
-        """As of the task."""
-        after: Tensor = self._task.descend(params, batches, gradient, pull=pull, towards=towards)
-        return after
-
+    train = completing.train
+    descend = completing.descend
     slope_through = _refused("trains through changed features")
     features = _refused("looks at features")
     predict = _refused("looks at outputs")
