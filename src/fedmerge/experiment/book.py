@@ -7,7 +7,7 @@ import json
 import logging
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -49,15 +49,12 @@ def held(folder: Path) -> Iterator[None]:
     Raises:
         UsageError: if it is in use or cannot be written.
     """
-    try:
-        lock = run_lock(folder)
-        lock.__enter__()
-    except OSError as error:
-        raise _unwritable(folder, error) from error
-    try:
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(run_lock(folder))
+        except OSError as error:
+            raise _unwritable(folder, error) from error
         yield
-    finally:
-        lock.__exit__(None, None, None)
 
 
 def _unwritable(folder: Path, error: Exception) -> UsageError:

@@ -32,6 +32,7 @@ from fedmerge.core.strict_json import parse_json_table
 from fedmerge.core.tensor_files import read_tensors
 from fedmerge.experiment.record import RoundRecord, rounds_from
 from fedmerge.experiment.simulation import Progress
+from fedmerge.runtime import Fleet
 
 MAGIC = b"fedmerge checkpoint 1\n"
 SLOTS = ("checkpoint-a", "checkpoint-b")
@@ -126,17 +127,41 @@ def restored(start: Progress, tensors: Mapping[str, Tensor], round_number: int) 
             form = f"{tensor.dtype} with {tensor.dim()} axes"
             raise FedmergeError(f"{name} is {form}; expected {expected[name].dtype} with {expected[name].dim()}")
     server = {name.removeprefix("server."): t for name, t in tensors.items() if name.startswith("server.")}
-    private, buffers = [], []
-    for i, (own, kept) in enumerate(zip(start.fleet.private, start.fleet.buffers, strict=True)):
-        leaves, spec = tree_flatten(own)
-        private.append(tree_unflatten([tensors[f"client.{i}.{k}"] for k in range(len(leaves))], spec))
-        buffers.append(tensors.get(f"buffers.{i}", kept))
     try:
         state = with_tensors(start.state, server)
     except ValueError as error:
         raise FedmergeError(f"its tensors contradict each other: {error}") from error
-    fleet = replace(start.fleet, private=tuple(private), buffers=tuple(buffers))
-    return Progress(state, fleet, round_number)
+    return Progress(state, restored_fleet(start.fleet, tensors), round_number)
+
+
+def restored_fleet(start: Fleet, tensors: Mapping[str, Tensor]) -> Fleet:
+    """What clients keep, out of `progress_tensors`; buffers that were not saved are as at the start.
+
+    Args:
+        start: Before the first round: says what there must be.
+        tensors: By name; others than those of clients may be among them.
+
+    Raises:
+        FedmergeError: if one is missing, or of another shape or dtype than at the start.
+    """
+    private, buffers = [], []
+    for i, (own, kept) in enumerate(zip(start.private, start.buffers, strict=True)):
+        leaves, spec = tree_flatten(own)
+        found = [_like(tensors.get(f"client.{i}.{k}"), leaf, f"client.{i}.{k}") for k, leaf in enumerate(leaves)]
+        private.append(tree_unflatten(found, spec))
+        buffers.append(_like(tensors.get(f"buffers.{i}", kept), kept, f"buffers.{i}"))
+    return replace(start, private=tuple(private), buffers=tuple(buffers))
+
+
+def _like(found: Tensor | None, own: Tensor, name: str) -> Tensor:
+    """A client's saved tensor, which has the form of a fresh client's."""
+    if found is None:
+        raise FedmergeError(f"it has no {name}")
+    if found.shape != own.shape or found.dtype != own.dtype:
+        raise FedmergeError(
+            f"{name} is {found.dtype} {list(found.shape)}; expected {own.dtype} {list(own.shape)}".replace("torch.", "")
+        )
+    return found
 
 
 # ---------------------------------------------------------------- files

@@ -152,6 +152,16 @@ def read_toml(path: Path | str) -> Table:
     return table
 
 
+def config_of(folder: Path) -> Config | None:
+    """What a run folder was made from; None if it does not say (the clients or the network were the user's own).
+
+    Raises:
+        UsageError: naming all that is wrong with its ``config.toml``.
+    """
+    path = folder / "config.toml"
+    return build_config(read_toml(path)) if path.is_file() else None
+
+
 def parse_value(text: str) -> Any:
     """A command-line word as the plain value it spells: number, true/false, list, table, or else a text.
 

@@ -7,16 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fedmerge.algorithms import ALGORITHMS
-from fedmerge.core.errors import FedmergeError, UsageError
+from fedmerge.core.errors import UsageError
 from fedmerge.data import FederatedData
 from fedmerge.experiment.book import Book, held, standing
 from fedmerge.experiment.checkpoint import remove_all
-from fedmerge.experiment.config import Config, build_config, read_toml
+from fedmerge.experiment.config import config_of
 from fedmerge.experiment.execute import Journey, Outcome, Watcher, play
 from fedmerge.experiment.federation import load_data
 from fedmerge.experiment.record import RunRecord, read_run, read_run_alone, write_run
-from fedmerge.experiment.serving import Serving, read_serving
+from fedmerge.experiment.serving import Serving, method_of, read_serving
 from fedmerge.experiment.simulation import prepare
 from fedmerge.experiment.store import versions
 from fedmerge.models import NETWORKS
@@ -41,8 +40,8 @@ def resume_run(
     """
     read_run_alone(folder)  # refuses what is no run before anything is written there
     with held(folder):
-        refuse_finished(folder)
         record = read_run_alone(folder)
+        refuse_finished(folder, record)
         method, training, options, recipe, clients = _asked(folder, record, data, model)
         if clients.sha256() != record.data_sha256:
             raise UsageError(
@@ -62,9 +61,9 @@ def resume_run(
         return play(setup, journey, record, model=recipe, folder=folder, book=book, watch=watch)
 
 
-def refuse_finished(folder: Path) -> None:
+def refuse_finished(folder: Path, record: RunRecord) -> None:
     """Raises UsageError if a run needs no more rounds; it may have been killed before it removed its checkpoints."""
-    if read_run_alone(folder).status == "finished":
+    if record.status == "finished":
         remove_all(folder)
         record = read_run(folder)
         raise UsageError(
@@ -77,7 +76,7 @@ def _asked(
     folder: Path, record: RunRecord, data: FederatedData | None, model: Any
 ) -> tuple[Any, Any, Any, Any, FederatedData]:
     """Method, training, options, network and clients of a run."""
-    config = _config_of(folder)
+    config = config_of(folder)
     if config is not None:
         if data is not None or model is not None:
             raise UsageError(f"{folder} says itself which data and network it needs; leave `data` and `model` out")
@@ -90,35 +89,17 @@ def _asked(
         raise UsageError(
             f"{folder} was made on clients of your own; give them again: fedmerge.resume(folder, data=...)"
         )
-    return _method_of(record), serving.training, serving.options, _network_of(folder, serving, model), data
-
-
-def _config_of(folder: Path) -> Config | None:
-    path = folder / "config.toml"
-    return build_config(read_toml(path)) if path.is_file() else None
-
-
-def _method_of(record: RunRecord) -> Any:
-    faults: list[str] = []
-    options = {key: value for key, value in record.options.items() if key != "training"}
-    method = ALGORITHMS.build({"name": record.method, **options}, "method", faults)
-    if faults:
-        raise FedmergeError("\n".join(faults))
-    return method
+    return method_of(record), serving.training, serving.options, _network_of(folder, serving, model), data
 
 
 def _network_of(folder: Path, serving: Serving, model: Any) -> Any:
-    if serving.model is None:
-        if model is None:
-            raise UsageError(
-                f"{folder} was made with a network of your own; give it again: fedmerge.resume(folder, model=...)"
-            )
+    if model is not None:
         return model
-    faults: list[str] = []
-    recipe = NETWORKS.build(serving.model, "model", faults)
-    if faults:
-        raise FedmergeError("\n".join(faults))
-    return recipe if model is None else model
+    if serving.model is None:
+        raise UsageError(
+            f"{folder} was made with a network of your own; give it again: fedmerge.resume(folder, model=...)"
+        )
+    return NETWORKS.build(serving.model, "model", [])  # it was checked when the file was read
 
 
 def _tell_versions(record: RunRecord) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fedmerge.algorithms import ALGORITHMS
 from fedmerge.core.errors import FedmergeError, UsageError, unknown_name
 from fedmerge.core.files import write_atomically
 from fedmerge.core.options import build_options
@@ -22,6 +23,7 @@ from fedmerge.core.text import brief, shortened
 from fedmerge.data import FederatedData
 from fedmerge.data.form import InputForm, form_from_plain
 from fedmerge.experiment.config import RunOptions, plain_options
+from fedmerge.experiment.record import RunRecord
 from fedmerge.models import NETWORKS
 from fedmerge.training import LocalTraining
 
@@ -132,6 +134,20 @@ def recipe_of(serving: Serving, folder: Path) -> Any:
     if recipe is None:
         raise FedmergeError(f"{folder}: its network cannot be made: {'; '.join(faults)}")
     return recipe
+
+
+def method_of(record: RunRecord) -> Any:
+    """The method of a run, from its record.
+
+    Raises:
+        FedmergeError: if it cannot be made.
+    """
+    faults: list[str] = []
+    own = {name: value for name, value in record.options.items() if name != "training"}
+    method = ALGORITHMS.build({**own, "name": record.method}, "method", faults)
+    if method is None:
+        raise FedmergeError(f"the run's method cannot be made again: {'; '.join(faults)}")
+    return method
 
 
 def write_serving(

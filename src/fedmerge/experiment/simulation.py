@@ -43,6 +43,7 @@ from fedmerge.runtime import (
     Fleet,
     Meeting,
     finetuned,
+    first_fleet,
     personal_models,
     run_round,
     score,
@@ -140,14 +141,8 @@ def prepare(
     played = keeping(guarded(spaced, options.defences), layout, options.keep)
     privacy = privacy_of(algorithm, played, travelling(layout, options.keep), options, len(data.clients))
     state = played.init(draw, facts, options.seed)
-    start = draw(0)
     N = len(data.clients)
-    fleet = Fleet(
-        private=(played.start(start),) * N,
-        buffers=(start[layout.num_trainable :],) * N,
-        policy=options.buffers,
-        num_trainable=layout.num_trainable,
-    )
+    fleet = first_fleet(played, draw(0), N, layout.num_trainable, options.buffers)
     setup = Setup(
         algorithm,
         played,

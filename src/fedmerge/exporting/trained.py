@@ -9,9 +9,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from fedmerge.algorithms import ALGORITHMS
 from fedmerge.core.defences import unguarded
 from fedmerge.core.ensemble import Personal, members
 from fedmerge.core.errors import FedmergeError, UsageError
@@ -21,7 +19,8 @@ from fedmerge.core.spaces import in_space
 from fedmerge.core.tensor_files import read_tensors
 from fedmerge.core.vector import layout_of
 from fedmerge.data import ClientData, Examples, FederatedData
-from fedmerge.experiment.config import RunOptions, build_config, read_toml
+from fedmerge.experiment.checkpoint import restored_fleet
+from fedmerge.experiment.config import RunOptions, config_of
 from fedmerge.experiment.execute import Outcome
 from fedmerge.experiment.federation import (
     channels_last,
@@ -31,10 +30,18 @@ from fedmerge.experiment.federation import (
     make_module,
 )
 from fedmerge.experiment.record import RunRecord, read_run
-from fedmerge.experiment.serving import Serving, read_serving, recipe_of, recipe_table, refuse_larger, refuse_other_draw
+from fedmerge.experiment.serving import (
+    Serving,
+    method_of,
+    read_serving,
+    recipe_of,
+    recipe_table,
+    refuse_larger,
+    refuse_other_draw,
+)
 from fedmerge.experiment.simulation import Progress, Setup, models_now, one_thread
 from fedmerge.experiment.trial import choose_engine
-from fedmerge.runtime import Fleet, Sequential
+from fedmerge.runtime import Sequential, first_fleet
 
 
 @dataclass(frozen=True)
@@ -164,7 +171,7 @@ def _setup(record: RunRecord, serving: Serving, recipe: Any) -> Setup:
     options, data = serving.options, _nameless(record, serving)
     module = make_module(recipe, data, record.seed, dtype=options.dtype)
     layout = layout_of(module, head=options.head, frozen=options.frozen)
-    algorithm = _method(record)
+    algorithm = method_of(record)
     return Setup(
         algorithm=algorithm,
         played=_played(algorithm, layout, options),
@@ -184,15 +191,6 @@ def _nameless(record: RunRecord, serving: Serving) -> FederatedData:
     nothing = Examples(torch.empty(0, *shape), torch.empty(0, dtype=torch.int64))
     clients = tuple(ClientData(name, nothing, nothing, nothing) for name in record.client_names)
     return FederatedData(clients, record.class_names, groups=record.groups, form=serving.form)
-
-
-def _method(record: RunRecord) -> Algorithm[Any]:
-    faults: list[str] = []
-    own = {name: value for name, value in record.options.items() if name != "training"}
-    method = ALGORITHMS.build({**own, "name": record.method}, "method", faults)
-    if method is None:
-        raise FedmergeError(f"the run's method cannot be made again: {'; '.join(faults)}")
-    return method
 
 
 def _played(algorithm: Algorithm[Any], layout: Any, options: RunOptions) -> Algorithm[Any]:
@@ -217,40 +215,16 @@ def _damaged(folder: Path | None, why: str) -> FedmergeError:
 
 def _progress(setup: Setup, tensors: Mapping[str, Tensor], record: RunRecord, folder: Path) -> Progress:
     """State and clients as `experiment.store.write_models` wrote them."""
-    start, T = setup.layout.read(setup.module), setup.layout.num_trainable
+    start, T, policy = setup.layout.read(setup.module), setup.layout.num_trainable, setup.options.buffers
     template = setup.played.init(lambda _: start, setup.facts, record.seed)
     server = {name.removeprefix("server."): value for name, value in tensors.items() if name.startswith("server.")}
     try:
         state = with_tensors(template, unguarded(server))
-        fleet = Fleet(
-            private=tuple(_private(setup, start, tensors, i) for i in range(len(record.client_names))),
-            buffers=tuple(_like(tensors, f"buffers.{i}", start[T:]) for i in range(len(record.client_names))),
-            policy=setup.options.buffers,
-            num_trainable=T,
-        )
+        fleet = restored_fleet(first_fleet(setup.played, start, len(record.client_names), T, policy), tensors)
     except (FedmergeError, KeyError, ValueError, TypeError) as error:
         raise _damaged(folder, f"models.safetensors: {_first_line(error)}") from error
     _refuse_misfits(state, setup, record, folder)
     return Progress(state, fleet, record.selected().round)
-
-
-def _private(setup: Setup, start: Tensor, tensors: Mapping[str, Tensor], client: int) -> Any:
-    leaves, structure = tree_flatten(setup.played.start(start))
-    names = [f"client.{client}.{k}" for k in range(len(leaves))]
-    missing = [name for name in names if name not in tensors]
-    if missing:
-        raise FedmergeError(f"it has no {missing[0]}")
-    return tree_unflatten([_like(tensors, name, leaf) for name, leaf in zip(names, leaves, strict=True)], structure)
-
-
-def _like(tensors: Mapping[str, Tensor], name: str, own: Tensor) -> Tensor:
-    """A client's saved tensor, which has the form of a fresh client's; that one itself where none was saved."""
-    found = tensors.get(name, own)
-    if found.shape != own.shape or found.dtype != own.dtype:
-        raise FedmergeError(
-            f"{name} is {found.dtype} {list(found.shape)}; expected {own.dtype} {list(own.shape)}".replace("torch.", "")
-        )
-    return found
 
 
 def _refuse_misfits(state: Any, setup: Setup, record: RunRecord, folder: Path) -> None:
@@ -267,13 +241,12 @@ def _refuse_misfits(state: Any, setup: Setup, record: RunRecord, folder: Path) -
 
 def _with_examples(setup: Setup, record: RunRecord, folder: Path) -> Setup:
     """The setup with the clients' examples, loaded as the run's configuration says."""
-    path = folder / "config.toml"
-    if not path.is_file():
+    config = config_of(folder)
+    if config is None:
         raise UsageError(
             f"method {record.method!r} makes a client's model from its examples, which {folder} does not name; give "
             "the Run object itself in Python"
         )
-    config = build_config(read_toml(path))
     raw = load_data(config.source, config.partition, config.run.seed, config.model)
     if raw.sha256() != record.data_sha256:
         raise FedmergeError(f"{folder}: the data that config.toml names are no longer those of the run; make it again")

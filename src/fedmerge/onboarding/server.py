@@ -19,7 +19,7 @@ from fedmerge.core.tensor_files import read_tensors
 from fedmerge.core.vector import Layout, layout_of, twin
 from fedmerge.data import ClientData, Examples, FederatedData, FolderOptions
 from fedmerge.data.form import InputForm
-from fedmerge.experiment.config import Config, build_config, read_toml
+from fedmerge.experiment.config import Config, config_of
 from fedmerge.experiment.execute import Outcome
 from fedmerge.experiment.federation import load_data, make_module
 from fedmerge.experiment.record import RunRecord, read_run
@@ -168,7 +168,7 @@ def server_of_folder(folder: Path, model: Any = None) -> Server:
     state = {name.removeprefix("server."): tensor for name, tensor in tensors.items() if name.startswith("server.")}
     state = {own_name(name): tensor for name, tensor in state.items()}
     _refuse_without_models(state, record)
-    config = _config_of(folder)
+    config = config_of(folder)
     serving = _serving_of(folder, config)
     if model is None:
         data = _shapes(serving.form, record)
@@ -277,11 +277,6 @@ def _server(
         given = torch.tensor(weights, dtype=torch.float64)
         rows = (given / given.sum(dim=1, keepdim=True))[None]  # the record rounds them
     return Server(models, rows, blocks, module, layout, serving, record)
-
-
-def _config_of(folder: Path) -> Config | None:
-    path = folder / "config.toml"
-    return build_config(read_toml(path)) if path.is_file() else None
 
 
 def _serving_of(folder: Path, config: Config | None) -> Serving:

@@ -63,6 +63,18 @@ class Fleet:
         return _OwnBuffers(task, buffers, self.num_trainable)
 
 
+def first_fleet(
+    algorithm: Algorithm[Any], start: Tensor, num_clients: int, num_trainable: int, policy: BufferPolicy
+) -> Fleet:
+    """The clients before their first round: each keeps what the method starts with, and the buffers of `start` [P]."""
+    return Fleet(
+        private=(algorithm.start(start),) * num_clients,
+        buffers=(start[num_trainable:],) * num_clients,
+        policy=policy,
+        num_trainable=num_trainable,
+    )
+
+
 @dataclass(frozen=True)
 class Meeting:
     """Who takes part in a round and what becomes of the replies on their way.
