@@ -107,6 +107,10 @@ def test_a_foreign_value_is_short_and_printable_in_the_refusal() -> None:
     assert len(found.detail) < 120
 
 
+def test_a_number_too_long_to_write_down_is_refused_and_not_an_error() -> None:
+    assert refused(num_examples=10**5000).detail.startswith("got a int too large to show examples; expected")
+
+
 def test_the_second_reply_of_a_client_is_a_duplicate_and_the_first_stays() -> None:
     other = replace(GOOD, tensors={"delta": 2 * DELTA})
     found = admit([GOOD, other], EXPECTED)

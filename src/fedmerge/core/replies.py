@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten_with_path, tree_unflatten
 
+from fedmerge.core.text import brief
+
 MOST_EXAMPLES = 10**9
 """Largest number of training examples that a client may claim."""
 LARGEST = 1e12
@@ -223,9 +225,7 @@ def _is_sane(tensor: Tensor) -> bool:
 
 
 def _brief(value: object) -> str:
-    """A foreign value in a message: short, and without control characters."""
-    text = ascii(value)
-    return text if len(text) <= _MOST_LETTERS else text[: _MOST_LETTERS - 3] + "..."
+    return brief(value, _MOST_LETTERS)
 
 
 _MOST_LETTERS = 80
