@@ -37,6 +37,14 @@ def copies(state: Models, which: list[int]) -> Models:
     return Models(state.models[which], state.velocity[which])
 
 
+def noisy_draws(draw: Draw, count: int, num_trainable: int, noise: float) -> Float[Tensor, "d P"]:
+    """The first draw `count` times, each with a share `noise` of a fresh draw on its trainable part."""
+    models = draw(0).repeat(count, 1)
+    fresh = torch.stack([draw(j + 1) for j in range(count)])
+    models[:, :num_trainable] += noise * fresh[:, :num_trainable]
+    return models
+
+
 def moved(state: Models, step: Float[Tensor, "d P"], *, lr: float, momentum: float) -> Models:
     """Server step: V ← momentum·V + step, Θ ← Θ − lr·V, in float64 and back to the models' dtype.
 
@@ -125,6 +133,13 @@ def plain_training(
 ) -> tuple[Update, tuple[()]]:
     """``train`` of a method whose clients do what FedAvg's do."""
     return trained_update(down, batches, task), local
+
+
+def pulled_training(
+    self: Any, down: Float[Tensor, " P"], local: tuple[()], batches: Batches, task: Task
+) -> tuple[Update, tuple[()]]:
+    """Local training, pulled towards the received model by ``proximal · ‖θ − θ_received‖²``."""
+    return trained_update(down, batches, task, pull=2 * self.proximal), local
 
 
 class Own(NamedTuple):

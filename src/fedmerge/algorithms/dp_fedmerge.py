@@ -13,11 +13,11 @@ from fedmerge.algorithms import _parts
 from fedmerge.algorithms._registry import algorithm
 from fedmerge.core import private
 from fedmerge.core.errors import UsageError
-from fedmerge.core.mixing import mirror_step
+from fedmerge.core.mixing import mirror_step, reach
 from fedmerge.core.options import check_options, option
-from fedmerge.core.protocol import Batches, Cost, Draw, Federation, Task, Update
+from fedmerge.core.protocol import Cost, Draw, Federation, Update
 from fedmerge.core.soup import Soup, merge, mixing
-from fedmerge.core.sums import along, centred, squared_norms
+from fedmerge.core.sums import along
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class DpFedMerge:
             UsageError: if there are more models than clients, or the network has buffers.
         """
         _parts.refuse_more_than_clients("dp-fedmerge", self.num_models, federation.num_clients)
-        models = self._first_models(draw)
+        models = self._first_models(draw, federation.num_trainable)
         if models.shape[1] != federation.num_trainable:
             raise UsageError(
                 f"dp-fedmerge: got a network with {models.shape[1] - federation.num_trainable} numbers in buffers "
@@ -103,12 +103,12 @@ class DpFedMerge:
         key = private.words_of(private.secret_key() if self.secret_noise else seed)
         return State(Soup(models, logits), torch.zeros_like(models), torch.tensor(0), key)
 
-    def _first_models(self, draw: Draw) -> Float[Tensor, "d P"]:
+    def _first_models(self, draw: Draw, T: int) -> Float[Tensor, "d P"]:
         if self.num_models == 1:
             return draw(0)[None]
         if self.initial == "independent":
             return torch.stack([draw(j) for j in range(self.num_models)])
-        return torch.stack([draw(0) + self.noise * draw(j + 1) for j in range(self.num_models)])
+        return _parts.noisy_draws(draw, self.num_models, T, self.noise)
 
     def send(self, state: State, clients: Int[Tensor, " C"]) -> Float[Tensor, "C P"]:
         """θ_i = Σ_j A_ij Θ_j."""
@@ -160,16 +160,10 @@ class DpFedMerge:
         models: Float[Tensor, "d P"],
         delta: Float[Tensor, "C P"],
     ) -> Float[Tensor, "C d"]:
-        reach = squared_norms(delta).sqrt() * squared_norms(centred(models)).max().sqrt()
-        return mirror_step(rows, along(models, delta, weights), reach, lr=self.mixing_lr, decay=self.decay)
+        pull = along(models, delta, weights)
+        return mirror_step(rows, pull, reach(models, delta), lr=self.mixing_lr, decay=self.decay)
 
     # ---------------------------------------------------------------- client and facts
-
-    def train(
-        self, down: Float[Tensor, " P"], local: tuple[()], batches: Batches, task: Task
-    ) -> tuple[Update, tuple[()]]:
-        """Local training, pulled towards the received model by ``proximal · ‖θ − θ_received‖²``."""
-        return _parts.trained_update(down, batches, task, pull=2 * self.proximal), local
 
     def cost(self, state: State) -> Cost:
         """One vector each way whatever d is."""
@@ -189,5 +183,6 @@ class DpFedMerge:
         """A; tells of single clients and is not to be released."""
         return mixing(state.soup.logits[0])
 
+    train = _parts.pulled_training
     start = _parts.nothing_private
     personal = _parts.as_received

@@ -18,7 +18,7 @@ from fedmerge.core import structure
 from fedmerge.core.bounds import kept_together
 from fedmerge.core.errors import UsageError
 from fedmerge.core.options import check_options, option
-from fedmerge.core.protocol import Batches, Cost, Draw, Federation, Task, Update
+from fedmerge.core.protocol import Cost, Draw, Federation, Update
 from fedmerge.core.shrinkage import shrunk_updates
 from fedmerge.core.soup import Soup, logit_gradient, merge, mixing, shares
 from fedmerge.core.sums import along, centred, shares_of_examples, squared_norms, weighted_sum
@@ -154,10 +154,7 @@ class FedMerge:
         assert self.num_models is not None  # noqa: S101 - set in __post_init__ for these starts
         if self.initial == "independent":
             return torch.stack([draw(j) for j in range(self.num_models)])
-        models = draw(0).repeat(self.num_models, 1)
-        fresh = torch.stack([draw(j + 1) for j in range(self.num_models)])
-        models[:, :T] += self.noise * fresh[:, :T]
-        return models
+        return _parts.noisy_draws(draw, self.num_models, T, self.noise)
 
     def _blocks(self, federation: Federation, P: int) -> tuple[Int[Tensor, "G 2"], Int[Tensor, "G 2"]]:
         """Ranges that share a row, and the trainable part of each; buffers follow the last block."""
@@ -259,7 +256,7 @@ class FedMerge:
         models: Float[Tensor, "d T"],
         replies: Float[Tensor, "C T"],
     ) -> Float[Tensor, "C d"]:
-        reach = squared_norms(replies).sqrt() * squared_norms(centred(models)).max().sqrt()
+        reach = rules.reach(models, replies)
         return rules.mirror_step(rows, pull, reach, lr=self.mixing_lr or 0.0, decay=self.decay or 0.0)
 
     # ---------------------------------------------------------------- the search for structure
@@ -348,12 +345,6 @@ class FedMerge:
 
     # ---------------------------------------------------------------- client and facts
 
-    def train(
-        self, down: Float[Tensor, " P"], local: tuple[()], batches: Batches, task: Task
-    ) -> tuple[Update, tuple[()]]:
-        """Local training, pulled towards the received model by ``proximal · ‖θ − θ_received‖²``."""
-        return _parts.trained_update(down, batches, task, pull=2 * self.proximal), local
-
     def cost(self, state: State) -> Cost:
         """One vector each way whatever d is."""
         held = (state.soup.models, state.soup.logits, state.velocity, state.progress, state.moments)
@@ -374,5 +365,6 @@ class FedMerge:
         size = (state.scope[:, 1] - state.scope[:, 0]).double()
         return (mixing(state.soup.logits) * (size / size.sum())[:, None, None]).sum(dim=0)
 
+    train = _parts.pulled_training
     start = _parts.nothing_private
     personal = _parts.as_received

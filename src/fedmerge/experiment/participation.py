@@ -185,7 +185,7 @@ def turnout(
         seed: Of the run; the draws depend on it and on the round alone.
         round_number: From 1.
         num_examples: [N] training examples.
-        passes: [N] training examples that each client passes in a round.
+        passes: [N] training examples that each client passes in a round; not looked at without a deadline.
         presence: The trace, if the options name one.
     """
     there = _there(participation, seed, round_number, len(num_examples), presence)

@@ -67,7 +67,7 @@ class Setup:
         training: What a client does in a round.
         options: Rounds, seed and the like.
         facts: What the method is told.
-        passes: [N] training examples that each client passes in a round.
+        passes: [N] training examples that each client passes in a round; empty without a deadline, which needs them.
         presence: When clients can be asked, if a trace says so.
         attackers: Clients that lie.
         privacy: What the run claims, if it is a private one.
@@ -153,12 +153,17 @@ def prepare(
         training,
         options,
         facts,
-        passes=tuple(training.passes(client.num_train) for client in data.clients),
+        passes=_passes(training, data) if options.participation.deadline is not None else (),
         presence=presence_of(options.participation, [client.name for client in data.clients]),
         attackers=attackers(options.attack, N, options.seed),
         privacy=privacy,
     )
     return setup, Progress(state, fleet, 0)
+
+
+def _passes(training: LocalTraining, data: FederatedData) -> tuple[int, ...]:
+    """Training examples that each client passes in a round; counting them takes a draw where steps are given."""
+    return tuple(training.passes(client.num_train) for client in data.clients)
 
 
 def remember(module: nn.Module, inputs: Tensor) -> None:
@@ -170,15 +175,14 @@ def remember(module: nn.Module, inputs: Tensor) -> None:
 
 def attendance(setup: Setup, round_number: int) -> Turnout:
     """Who is asked in a round and who answers; the same for every method."""
-    options, clients = setup.options, setup.data.clients
-    counts = [client.num_train for client in clients]
+    options = setup.options
     return turnout(
         options.participation,
         fraction=options.fraction,
         seed=options.seed,
         round_number=round_number,
-        num_examples=counts,
-        passes=setup.passes if options.participation.deadline is not None else counts,
+        num_examples=[client.num_train for client in setup.data.clients],
+        passes=setup.passes,
         presence=setup.presence,
     )
 
@@ -210,12 +214,19 @@ def advance(setup: Setup, progress: Progress) -> tuple[Progress, RoundRecord]:
         backward=round(passed * (1 + cost.extra_backward)),
         state=_described(setup.played, result.state),
         dropped=tuple(sorted(turned_out.dropped)),
-        refused=tuple({"client": r.client, "reason": r.reason} for r in (*_too_late(turned_out), *result.refusals)),
+        refused=_refused(turned_out, result.refusals),
         abandoned=result.abandoned,
         virtual_seconds=turned_out.seconds,
     )
     _tell(setup, record, result.refusals)
     return Progress(result.state, result.fleet, number), record
+
+
+def _refused(turned_out: Turnout, refusals: Sequence[Refusal]) -> tuple[dict[str, Any], ...]:
+    """Replies that do not count, for the record; those after the deadline need not be computed for that."""
+    late: list[tuple[int | None, str]] = [(client, "late") for client in sorted(turned_out.late)]
+    found = [*late, *((refusal.client, refusal.reason) for refusal in refusals)]
+    return tuple({"client": client, "reason": reason} for client, reason in found)
 
 
 def _meeting(setup: Setup, turned_out: Turnout, number: int) -> Meeting:
@@ -237,11 +248,6 @@ def _meeting(setup: Setup, turned_out: Turnout, number: int) -> Meeting:
 
 _NAMED = 5
 """Clients that a message names."""
-
-
-def _too_late(turned_out: Turnout) -> list[Refusal]:
-    """What the gate says of replies after the deadline, which a simulation need not compute."""
-    return [Refusal(i, "late", "the reply came after the deadline of the round") for i in sorted(turned_out.late)]
 
 
 def _tell(setup: Setup, record: RoundRecord, refusals: Sequence[Refusal]) -> None:
