@@ -122,7 +122,7 @@ def test_a_task_on_own_buffers_ignores_those_of_the_vector():
     params, batch = TABLE.draw(0), TABLE.batches([0], 1)[0][0]
     own, foreign = params[T:] + 0.5, torch.cat([params[:T], params[T:] + 9.0])
     _, fleet = TABLE.begin(FedAvg(), "local")
-    mine, wanted = fleet.own_task(task, own), torch.cat([params[:T], own])
+    mine, wanted = fleet.rules.own_task(task, own), torch.cat([params[:T], own])
     torch.testing.assert_close(mine.loss(foreign, batch), task.loss(wanted, batch), **CLOSE)
     torch.testing.assert_close(mine.predict(foreign, batch.inputs), task.predict(wanted, batch.inputs), **CLOSE)
     torch.testing.assert_close(mine.features(foreign, batch.inputs), task.features(wanted, batch.inputs), **CLOSE)
@@ -131,10 +131,10 @@ def test_a_task_on_own_buffers_ignores_those_of_the_vector():
     torch.testing.assert_close(found.gradient, expected.gradient, **CLOSE)
     torch.testing.assert_close(mine.buffers, expected.buffers, **CLOSE)
     assert torch.equal(found.buffers, foreign[T:])
-    again, trained = fleet.own_task(task, own), task.train(wanted, (batch, batch))
+    again, trained = fleet.rules.own_task(task, own), task.train(wanted, (batch, batch))
     torch.testing.assert_close(again.train(foreign, (batch, batch))[:T], trained[:T], **CLOSE)
     torch.testing.assert_close(again.buffers, trained[T:], **CLOSE)
-    assert TABLE.begin(FedAvg(), "merge")[1].own_task(task, own) is None
+    assert TABLE.begin(FedAvg(), "merge")[1].rules.own_task(task, own) is None
 
 
 def test_recalibrated_buffers_are_the_statistics_of_the_clients_own_data():

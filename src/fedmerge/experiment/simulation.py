@@ -48,7 +48,7 @@ from fedmerge.runtime import (
     run_round,
     score,
 )
-from fedmerge.training import LocalTraining, Tally, draw_batches, one_pass, rate_of_round
+from fedmerge.training import LocalTraining, Planned, Tally, one_pass, rate_of_round
 
 log = logging.getLogger(__name__)
 
@@ -195,7 +195,7 @@ def advance(setup: Setup, progress: Progress) -> tuple[Progress, RoundRecord]:
     training = turned_out.training
     rate = rate_of_round(setup.training, number, options.rounds)
     batches = [
-        draw_batches(clients[i].train, setup.training, lr=rate, seed=options.seed, round_number=number, client=i)
+        Planned(clients[i].train, setup.training, rate, options.seed, number, i)
         for i in training
     ]
     num_examples = torch.tensor([clients[i].num_train for i in training], dtype=torch.int64)
@@ -203,7 +203,7 @@ def advance(setup: Setup, progress: Progress) -> tuple[Progress, RoundRecord]:
     with fresh_module_randomness(options.seed, "dropout", number):
         meeting = _meeting(setup, turned_out, number)
         result = run_round(setup.played, progress.state, progress.fleet, meeting, batches, num_examples, setup.engine)
-    passed = sum(len(batch.targets) for steps in batches for batch in steps)
+    passed = sum(sum(steps.sizes()) for steps in batches)
     record = RoundRecord(
         round=number,
         cohort=turned_out.cohort,
@@ -344,9 +344,7 @@ def finetune(setup: Setup, progress: Progress) -> tuple[Scores, Scores]:
     options = setup.options
     training = replace(setup.training, epochs=options.finetune_epochs, steps=None)
     batches = [
-        draw_batches(
-            c.train, training, lr=setup.training.lr, seed=options.seed, round_number=options.rounds + 1, client=i
-        )
+        Planned(c.train, training, setup.training.lr, options.seed, options.rounds + 1, i)
         for i, c in enumerate(setup.data.clients)
     ]
     with fresh_module_randomness(options.seed, "dropout", options.rounds + 1):

@@ -103,7 +103,7 @@ class Trained:
         down = take(played.send(self.progress.state, torch.arange(len(fleet.private))), index)
 
         def personal(task: Any) -> Personal:
-            own = fleet.own_task(task, fleet.buffers[index])
+            own = fleet.rules.own_task(task, fleet.buffers[index])
             return played.personal(down, fleet.private[index], _one_pass_without_examples(), own or task)
 
         (model,) = self.setup.engine.map(personal, [()])

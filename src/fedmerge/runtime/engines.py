@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from fedmerge.core.errors import UsageError
 from fedmerge.core.protocol import Batch, Batches, stack, take
 from fedmerge.core.vector import Layout
+from fedmerge.training.batches import Planned, step_sizes
 from fedmerge.training.objective import CLASSES, Objective
 from fedmerge.training.private import ExampleGradients, protected_task, refuse_protected
 from fedmerge.training.sgd import Descent
@@ -34,7 +35,10 @@ _CHUNK_NUMBERS = 1 << 20
 """Parameters of all clients of a chunk together; measured on perceptrons of 7,000 and 51,000 parameters."""
 
 ClientFunction = Callable[..., Any]
-"""``function(task, *arguments)`` of one client; arguments are trees of tensors or `Batches`."""
+"""``function(task, *arguments)`` of one client; arguments are trees of tensors or steps (`Batches`, `Planned`).
+
+Steps that are planned are drawn by the engine when it comes to the client, so that they never lie in memory for all.
+"""
 
 
 @runtime_checkable
@@ -74,7 +78,10 @@ class Sequential:
 
     def map(self, function: ClientFunction, clients: Sequence[tuple[Any, ...]]) -> list[Any]:
         """Calls `function` client by client; the task of a client whose examples are protected is a `PrivateTask`."""
-        return [function(protected_task(self._task, self._of_examples, arguments), *arguments) for arguments in clients]
+        return [self._of_client(function, _with_drawn(arguments)) for arguments in clients]
+
+    def _of_client(self, function: ClientFunction, arguments: tuple[Any, ...]) -> Any:
+        return function(protected_task(self._task, self._of_examples, arguments), *arguments)
 
     def measured_buffers(self, clients: Sequence[tuple[Tensor, Batches]]) -> list[Tensor]:
         """Statistics of each client's own batches."""
@@ -121,10 +128,11 @@ class Vectorised:
 
     def map(self, function: ClientFunction, clients: Sequence[tuple[Any, ...]]) -> list[Any]:
         """Maps `function` over chunks of clients."""
-        refuse_protected(clients)
         results: list[Any] = [None] * len(clients)
         for chunk in self._chunks(clients):
-            stacked = _stacked([clients[i] for i in chunk])
+            drawn = [_with_drawn(clients[i]) for i in chunk]
+            refuse_protected(drawn)
+            stacked = _stacked(drawn)
             outputs = vmap(lambda arguments: function(self._task, *arguments))(stacked)
             for place, i in enumerate(chunk):
                 results[i] = take(outputs, place)
@@ -168,10 +176,15 @@ def _are_batches(argument: Any) -> bool:
     return isinstance(argument, tuple) and len(argument) > 0 and isinstance(argument[0], Batch)
 
 
+def _with_drawn(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments with planned steps drawn."""
+    return tuple(argument.drawn() if isinstance(argument, Planned) else argument for argument in arguments)
+
+
 def _sizes(arguments: tuple[Any, ...]) -> Iterator[int]:
     for argument in arguments:
-        if _are_batches(argument):
-            yield from (len(batch.targets) for batch in argument)
+        if isinstance(argument, Planned) or _are_batches(argument):
+            yield from step_sizes(argument)
 
 
 def _stacked(clients: Sequence[tuple[Any, ...]]) -> tuple[Any, ...]:

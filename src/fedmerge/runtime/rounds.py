@@ -27,9 +27,30 @@ from fedmerge.core.replies import (
     template_of,
 )
 from fedmerge.runtime.engines import Engine
+from fedmerge.training.batches import Planned
 from fedmerge.training.scores import Tally, tally
 
 BufferPolicy = Literal["merge", "local", "recalibrate"]
+
+
+@dataclass(frozen=True)
+class BufferRules:
+    """Whose buffers (BatchNorm statistics) a client's model has.
+
+    Attributes:
+        policy: ``merge`` averages them like parameters, ``local`` never sends them, ``recalibrate`` measures them on
+            the client's training data before the model is used.
+        num_trainable: T; entries T..P of a vector are buffers.
+    """
+
+    policy: BufferPolicy
+    num_trainable: int
+
+    def own_task(self, task: Task, buffers: Tensor) -> _OwnBuffers | None:
+        """The task on a client's own buffers under policy ``local``; None where there are none to keep."""
+        if self.policy != "local" or not len(buffers):
+            return None
+        return _OwnBuffers(task, buffers, self.num_trainable)
 
 
 @dataclass(frozen=True)
@@ -39,8 +60,7 @@ class Fleet:
     Attributes:
         private: Each client's private state of the method, in client-id order.
         buffers: [N][P − T] each client's own buffers (BatchNorm statistics).
-        policy: Whose buffers a client's model has: ``merge`` averages them like parameters, ``local`` never sends
-            them, ``recalibrate`` measures them on the client's training data before the model is used.
+        policy: Whose buffers a client's model has, see `BufferRules`.
         num_trainable: T.
     """
 
@@ -49,18 +69,17 @@ class Fleet:
     policy: BufferPolicy
     num_trainable: int
 
+    @property
+    def rules(self) -> BufferRules:
+        """What becomes of buffers, without what the clients keep."""
+        return BufferRules(self.policy, self.num_trainable)
+
     def own_buffers(self, model: Personal, client: int) -> Personal:
         """A model with the client's own buffers in place of its own, under policy ``local``."""
         own = self.buffers[client]
         if self.policy != "local" or not len(own):
             return model
         return with_members(model, [torch.cat([vector[: self.num_trainable], own]) for vector in members(model)])
-
-    def own_task(self, task: Task, buffers: Tensor) -> _OwnBuffers | None:
-        """The task on a client's own buffers under policy ``local``; None where there are none to keep."""
-        if self.policy != "local" or not len(buffers):
-            return None
-        return _OwnBuffers(task, buffers, self.num_trainable)
 
 
 def first_fleet(
@@ -132,7 +151,7 @@ def run_round(
     state: Any,
     fleet: Fleet,
     cohort: Int[Tensor, " C"] | Meeting,
-    batches: Sequence[Batches],
+    batches: Sequence[Batches | Planned],
     num_examples: Int[Tensor, " K"],
     engine: Engine,
 ) -> RoundResult:
@@ -143,7 +162,7 @@ def run_round(
         state: The server's.
         fleet: The clients'.
         cohort: Client indices of this round, ascending, or more that is to be said of it.
-        batches: Steps of each client that trains.
+        batches: Steps of each client that trains, drawn or to be drawn.
         num_examples: Training examples of each client that trains, its weight in averages.
         engine: Runs the clients.
 
@@ -156,9 +175,7 @@ def run_round(
     clients = meeting.trained.tolist()
     places = torch.searchsorted(meeting.cohort, meeting.trained).tolist()
     trained = engine.map(
-        lambda task, received, private, steps, buffers: _train(
-            algorithm, fleet, task, received, private, steps, buffers
-        ),
+        ClientRound(algorithm, fleet.rules),
         [
             (take(down, place), fleet.private[i], batches[k], fleet.buffers[i])
             for k, (place, i) in enumerate(zip(places, clients, strict=True))
@@ -263,13 +280,37 @@ class _OwnBuffers:
     loss = completing.loss
 
 
-def _train(
-    algorithm: Algorithm[Any], fleet: Fleet, task: Task, received: Any, private: Any, steps: Batches, buffers: Tensor
-) -> tuple[Any, Any, Tensor]:
-    """One client's reply, its new private state, and the buffers it keeps."""
-    own = fleet.own_task(task, buffers)
-    reply, private = algorithm.train(received, private, steps, own or task)
-    return reply, private, own.buffers if own else buffers
+@dataclass(frozen=True)
+class ClientRound:
+    """What a client does in a round. A plain value, so that it can be sent to other processes.
+
+    Attributes:
+        algorithm: The method.
+        rules: What becomes of buffers.
+    """
+
+    algorithm: Algorithm[Any]
+    rules: BufferRules
+
+    def __call__(
+        self, task: Task, received: Any, private: Any, steps: Batches, buffers: Tensor
+    ) -> tuple[Any, Any, Tensor]:
+        """One client's reply, its new private state, and the buffers it keeps."""
+        own = self.rules.own_task(task, buffers)
+        reply, private = self.algorithm.train(received, private, steps, own or task)
+        return reply, private, own.buffers if own else buffers
+
+
+@dataclass(frozen=True)
+class ClientModel:
+    """Which model a client would use now; a plain value like `ClientRound`."""
+
+    algorithm: Algorithm[Any]
+    rules: BufferRules
+
+    def __call__(self, task: Task, received: Any, private: Any, batches: Batches, buffers: Tensor) -> Personal:
+        """The client's model."""
+        return self.algorithm.personal(received, private, batches, self.rules.own_task(task, buffers) or task)
 
 
 def personal_models(
@@ -287,9 +328,7 @@ def personal_models(
     everyone = torch.arange(len(train))
     down = algorithm.send(state, everyone)
     models: list[Personal] = engine.map(
-        lambda task, received, private, batches, buffers: algorithm.personal(
-            received, private, batches, fleet.own_task(task, buffers) or task
-        ),
+        ClientModel(algorithm, fleet.rules),
         [(take(down, i), fleet.private[i], train[i], fleet.buffers[i]) for i in range(len(train))],
     )
     if fleet.policy == "recalibrate" and len(fleet.buffers[0]):
@@ -320,6 +359,11 @@ def score(models: Sequence[Personal], batches: Sequence[Batches], engine: Engine
     return tallies
 
 
-def finetuned(models: Sequence[Tensor], batches: Sequence[Batches], engine: Engine) -> list[Tensor]:
+def plain_training(task: Task, params: Tensor, steps: Batches) -> Tensor:
+    """A client's vector after local training without any method."""
+    return task.train(params, steps)
+
+
+def finetuned(models: Sequence[Tensor], batches: Sequence[Batches | Planned], engine: Engine) -> list[Tensor]:
     """Each client's model after plain local training on its own examples."""
-    return engine.map(lambda task, params, steps: task.train(params, steps), list(zip(models, batches, strict=True)))
+    return engine.map(plain_training, list(zip(models, batches, strict=True)))

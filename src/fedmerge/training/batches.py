@@ -146,6 +146,60 @@ def draw_batches(
     return _cut(drawn, [len(step) for step in steps], lr)
 
 
+@dataclass(frozen=True)
+class Planned:
+    """The steps of one client's round before they are drawn: who runs the client draws them when they are needed.
+
+    Attributes:
+        examples: The client's training examples, n >= 1.
+        training: Batch size and number of epochs or steps.
+        lr: Learning rate of this round.
+        seed: The run's seed.
+        round_number: Counted from 1.
+        client: Its index.
+    """
+
+    examples: Examples
+    training: LocalTraining
+    lr: float
+    seed: int
+    round_number: int
+    client: int
+
+    def drawn(self) -> Batches:
+        """The steps, see `draw_batches`."""
+        return draw_batches(
+            self.examples,
+            self.training,
+            lr=self.lr,
+            seed=self.seed,
+            round_number=self.round_number,
+            client=self.client,
+        )
+
+    def sizes(self) -> list[int]:
+        """Examples of each step."""
+        n, training = len(self.examples.targets), self.training
+        if training.dp_clip is not None:
+            rng = generator(self.seed, "batches", self.round_number, self.client)
+            return [len(step) for step in _sampled(n, training, rng)]
+        whole, left = divmod(n, training.batch_size)
+        epoch = [training.batch_size] * whole + [left] * bool(left)
+        if training.steps is None:
+            return epoch * training.epochs
+        return (epoch * math.ceil(training.steps / len(epoch)))[: training.steps]
+
+
+def drawn(steps: Batches | Planned) -> Batches:
+    """Steps that may have to be drawn first."""
+    return steps.drawn() if isinstance(steps, Planned) else steps
+
+
+def step_sizes(steps: Batches | Planned) -> list[int]:
+    """Examples of each step, whether drawn or not."""
+    return steps.sizes() if isinstance(steps, Planned) else [len(batch.targets) for batch in steps]
+
+
 def one_pass(examples: Examples, batch_size: int = 512, lr: float = 0.0) -> Batches:
     """All examples once in their own order, without copies."""
     whole, left = divmod(len(examples.targets), batch_size)
