@@ -2,6 +2,7 @@
 
 import importlib
 import math
+import tracemalloc
 
 import pytest
 from hypothesis import given, settings
@@ -43,7 +44,7 @@ def test_without_sampling_it_is_the_closed_form(z, rounds):
 def test_one_sampled_round_is_the_closed_form(z, q):
     found = epsilon(z, q, 1, 1e-5)
     exact = brentq(lambda eps: delta_of_sampled(z, q, eps) - 1e-5, 1e-9, 50)
-    assert exact - 1e-9 <= found <= exact * 1.01
+    assert exact - 1e-9 <= found <= exact * (1 + 1e-7)
 
 
 @settings(deadline=None, max_examples=3)
@@ -135,3 +136,52 @@ def test_a_missing_package_is_named(monkeypatch):
 def test_little_noise_is_counted_on_a_wider_grid_and_still_from_above(z, least):
     exact = brentq(lambda eps: delta_of_sampled(z, 0.3, eps) - 1e-5, 1e-9, 600)
     assert exact * least <= epsilon(z, 0.3, 1, 1e-5) <= exact * 1.01
+
+
+def test_ten_thousand_releases_without_sampling_are_one_with_less_noise():
+    """To eight digits: a grid that is added up so often shows in the fifth."""
+    exact = epsilon_of_gaussian(1.0, 1e-5)
+    assert exact * (1 - 1e-9) <= epsilon(100.0, 1.0, 10_000, 1e-5) <= exact * (1 + 1e-8)
+
+
+def test_a_second_sampled_round_tells_more_and_less_than_the_first_again():
+    """Below twice as much at half the delta each: the theorem of basic composition."""
+    one, two = (epsilon(1.0, 0.5, rounds, 1e-5) for rounds in (1, 2))
+    assert 1.05 * one < two < 2 * epsilon(1.0, 0.5, 1, 5e-6)
+
+
+def test_hardly_any_noise_needs_no_more_memory_than_much():
+    """Losses grow as 1/z²: on a grid as fine as for z = 1 there would be 10⁸ of them."""
+    tracemalloc.start()
+    try:
+        epsilon(0.01, 0.3, 1, 1e-5)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 50e6
+
+
+def test_the_least_noise_is_enough_for_exactly_what_it_gives():
+    assert noise_for(epsilon(0.01, 1.0, 1, 1e-5), 1.0, 1, 1e-5) == 0.01
+
+
+def test_the_noise_is_found_at_the_very_end_of_the_range(monkeypatch):
+    target = epsilon(0.0399, 1.0, 1, 1e-5)
+    monkeypatch.setattr(accounting, "_NOISE", (0.01, 0.04))
+    assert 0.0399 <= noise_for(target, 1.0, 1, 1e-5) <= 0.0399 * 1.001
+
+
+def test_an_epsilon_that_a_run_does_not_reach_with_a_million_is_refused():
+    with pytest.raises(UsageError) as refused:
+        noise_for(1e-9, 1.0, 1, 1e-12)
+    assert str(refused.value) == "epsilon: got 1e-09, which no noise multiplier up to 1e+06 reaches"
+
+
+def test_every_argument_of_the_noise_is_checked():
+    with pytest.raises(UsageError) as refused:
+        noise_for(1.0, 0.0, -1, 1.0)
+    assert str(refused.value).splitlines() == [
+        "sampling_rate: got 0.0; expected a number > 0 and <= 1",
+        "rounds: got -1; expected a whole number >= 0",
+        "delta: got 1.0; expected a number > 0 and < 1",
+    ]
