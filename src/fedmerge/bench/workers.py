@@ -24,7 +24,7 @@ from fedmerge.data import FederatedData
 from fedmerge.experiment.config import build_config, to_table
 from fedmerge.experiment.execute import execute_config
 from fedmerge.experiment.federation import load_data
-from fedmerge.experiment.interrupts import interrupts_held
+from fedmerge.core.interrupts import interrupts_held
 from fedmerge.experiment.record import RoundRecord
 
 KEPT_FEDERATIONS = 2

@@ -15,7 +15,7 @@ from fedmerge.data import FederatedData
 from fedmerge.experiment.config import Config, Table, build_config
 from fedmerge.experiment.execute import execute_config
 from fedmerge.experiment.federation import load_data
-from fedmerge.experiment.interrupts import interrupts_heard, interrupts_held
+from fedmerge.core.interrupts import interrupts_heard, interrupts_held
 from fedmerge.experiment.record import RoundRecord, RunRecord, read_run
 from fedmerge.experiment.simulation import prepare
 

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from fedmerge.experiment.interrupts import interrupts_heard, interrupts_held
+from fedmerge.core.interrupts import interrupts_heard, interrupts_held
 
 
 def test_an_interrupt_waits_until_the_end_of_the_block() -> None:
