@@ -1,6 +1,6 @@
 """Small faults put into a module one at a time: do the tests notice each of them?
 
-    python benchmarks/faults/mutants.py [--sample N] [--seed S] MODULE TESTS... > survivors.txt
+    python benchmarks/faults/mutants.py [--sample N] [--seed S] [--lines L,L...] MODULE TESTS... > survivors.txt
 
 Works in a copy of the tree that it makes for itself. A mutant differs from the module in one place:
 
@@ -241,7 +241,7 @@ def load_all_but(tree: Path, module: str) -> None:
     finder = _Without(_name_of(Path(module)))
     sys.meta_path.insert(0, finder)  # before the finder that turns the checks on
     for path in sorted(p for p in (tree / "src").rglob("*.py") if p.stem != "__main__"):
-        with contextlib.suppress(ImportError):
+        with contextlib.suppress(Exception):  # it is loaded with the tests, if they need it
             importlib.import_module(_name_of(path.relative_to(tree)))
     sys.meta_path.remove(finder)
     if _name_of(Path(module)) in sys.modules:
@@ -303,28 +303,35 @@ def main() -> None:
     parser.add_argument("tests", nargs="+")
     parser.add_argument("--sample", type=int, help="how many mutants, drawn at random; all if left out")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--lines", type=lambda text: {int(line) for line in text.split(",")}, help="no others")
     asked = parser.parse_args()
-    for name in _LOADED_ONCE:
-        importlib.import_module(name)
-    hypothesis = importlib.import_module("hypothesis")
-    hypothesis.settings.register_profile("mutants", database=None, phases=[hypothesis.Phase.generate])
-    hypothesis.settings.load_profile("mutants")
-    importlib.import_module("torch").set_num_threads(1)
-    os.environ["OMP_NUM_THREADS"] = "1"
     mutants = mutants_of((ROOT / asked.module).read_text(encoding="utf-8"))
+    if asked.lines:
+        mutants = [mutant for mutant in mutants if mutant.line in asked.lines]
     number = len(mutants) if asked.sample is None else min(asked.sample, len(mutants))
     drawn = sorted(np.random.default_rng(asked.seed).choice(len(mutants), number, replace=False))
+    _load_libraries()
     with tempfile.TemporaryDirectory() as folder:
         tally, left = _tried(Path(folder).resolve(), asked.module, [mutants[k] for k in drawn], asked.tests)
     killed = tally["killed"] + tally["clock"]
-    how = "all" if number == len(mutants) else f"{number} of {len(mutants)}, seed {asked.seed}"
-    print("| module | mutants | run | killed | of these by the clock | survived | score | sampled |")
+    how = "all" if number == len(mutants) else f"seed {asked.seed}"
+    row = (asked.module, len(mutants), number, killed, tally["clock"], tally["survived"], f"{killed / number:.1%}", how)
+    print("| module | mutants | run | killed | of these by the clock | survived | score | drawn |")
     print("|---|--:|--:|--:|--:|--:|--:|---|")
-    print(
-        f"| {asked.module} | {len(mutants)} | {number} | {killed} | {tally['clock']} | {tally['survived']} "
-        f"| {killed / number:.1%} | {how} |\n"
-    )
+    print(f"| {' | '.join(map(str, row))} |\n")
     print("\n".join(f"{mutant.line}: {mutant.what}" for mutant in left))
+
+
+def _load_libraries() -> None:
+    """What every run of the tests needs and no mutant changes."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    for name in _LOADED_ONCE:
+        importlib.import_module(name)
+    importlib.import_module("torch").set_num_threads(1)
+    hypothesis = importlib.import_module("hypothesis")
+    phases = [hypothesis.Phase.explicit, hypothesis.Phase.generate]
+    hypothesis.settings.register_profile("mutants", database=None, phases=phases)
+    hypothesis.settings.load_profile("mutants")
 
 
 Tried = tuple[Counter[str], list[Mutant]]

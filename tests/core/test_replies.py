@@ -213,7 +213,10 @@ def test_a_method_without_demands_has_none() -> None:
 def test_a_method_is_not_asked_about_anything_else() -> None:
     expected = replace(EXPECTED, further=lambda _: pytest.fail("asked"))
     assert told(with_tensors(rest_steps=None), expected)[0] == "malformed"
-    assert told(replace(GOOD, tensors=None), expected)[0] == "malformed"
+    assert told(replace(GOOD, tensors=[7]), expected) == (
+        "malformed",
+        "got [7] for the update; expected tensors by name",
+    )
     assert told(replace(GOOD, num_examples=0), expected)[0] == "count"
 
 
@@ -229,6 +232,7 @@ def test_refusals_stay_in_the_order_of_arrival_and_name_whom_they_can() -> None:
         (None, "client"),
         (7, "duplicate"),
     ]
+    assert refusals[2].detail == "this client's reply of this round is there already"
 
 
 def test_the_most_frequent_reason_comes_first_and_equals_as_they_came() -> None:
