@@ -2,7 +2,8 @@
 
 import torch
 
-from fedmerge.core.bounds import GONE, LEAVE, distances, gaps, kept_together, weighted_median
+from fedmerge.core.bounds import GONE, LEAVE, distances, gaps, kept_together, mean_use, weighted_median
+from fedmerge.core.sums import BLOCK
 
 D = 5
 
@@ -90,3 +91,8 @@ def test_distances_of_close_models_are_exact_in_float32():
     step = (base.double() + 0 - (base + 1e-3).double()).norm()
     torch.testing.assert_close(found[0, 1], step)
     assert float(found[0, 2]) == 0.0
+
+
+def test_mean_use_over_blocks_of_rows_is_that_over_all():
+    logits = torch.randn(2, BLOCK + 5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(mean_use(logits), torch.softmax(logits, dim=-1).mean(dim=(0, 1)))

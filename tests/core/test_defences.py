@@ -70,6 +70,16 @@ def test_an_update_is_cut_to_the_limit_and_the_others_stay():
     assert after.clipped.tolist() == [0, 0, 0, 0, 1, 0, 0, 0, 0]
 
 
+def test_cutting_in_place_gives_the_same_bits_and_only_then_changes_what_was_sent():
+    sizes, sent, lent = torch.full((5,), 7), updates([1.0] * 4 + [100.0]), updates([1.0] * 4 + [100.0])
+    algorithm, state = begin(Defences(clip=3.0, max_count=0))
+    frugal = Guarded(FedAvg(), algorithm.defences, in_place=True)
+    copied = deliver(algorithm, state, torch.arange(5), sent, sizes)
+    assert same(copied, deliver(frugal, state, torch.arange(5), lent, sizes))
+    assert torch.equal(sent.delta, updates([1.0] * 4 + [100.0]).delta)
+    assert torch.equal(lent.delta, updates([1.0] * 4 + [3.0]).delta)
+
+
 def test_buffers_are_cut_by_their_own_length():
     algorithm, state = begin(Defences(clip=3.0, max_count=0))
     sent = updates([1.0] * 5)

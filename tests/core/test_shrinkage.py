@@ -90,6 +90,22 @@ def test_a_model_that_nobody_uses_stays_where_it_is():
     assert found[1].tolist() == [0.0]
 
 
+@given(seed=st.integers(0, 2**31), shorten=st.floats(0.1, 1.0))
+@settings(max_examples=25, deadline=None)
+def test_the_spread_is_that_of_the_replies_one_by_one(seed, shorten):
+    """Also where shares do not sum to 1, as behind a largest share of one client."""
+    updates, share, proportions = random_case(seed)
+    share = share.clamp_max(shorten * float(share.max()))
+    own, common = weighted_sum(share, updates), weighted_sum(proportions[:, None], updates)
+    spread = (share[:, :, None] * (updates[:, None] - own[None]) ** 2).sum(dim=(0, 2))
+    chance = spread / (1 - (share**2).sum(dim=0)) * ((share - proportions[:, None]) ** 2).sum(dim=0)
+    keep = (1 - 0.3 * chance / (own - common).square().sum(dim=1)).clamp_min(0)[:, None]
+    expected = common + keep * (own - common)
+    torch.testing.assert_close(shrunk_updates(updates, share, proportions, strength=0.3), expected)
+    known = updates.square().sum(dim=1)
+    torch.testing.assert_close(shrunk_updates(updates, share, proportions, strength=0.3, squares=known), expected)
+
+
 def test_one_model_takes_the_common_average_as_it_is():
     found = shrunk_updates(column([1.0], [3.0]), column([0.25], [0.75]), column(0.25, 0.75), strength=9.0)
     assert found.tolist() == [[2.5]]

@@ -8,7 +8,18 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from fedmerge.core.soup import Soup, logit_gradient, merge, mixing, shares
-from fedmerge.core.sums import BLOCK, along, centred, inner_products, shares_of_examples, squared_norms, weighted_sum
+from fedmerge.core.sums import (
+    BLOCK,
+    ROWS,
+    along,
+    centred,
+    centred_products,
+    compared,
+    inner_products,
+    shares_of_examples,
+    squared_norms,
+    weighted_sum,
+)
 
 QUICK = settings(max_examples=30, deadline=None)
 SHAPES = {"N": st.integers(1, 6), "d": st.integers(1, 5), "seed": st.integers(0, 2**31)}
@@ -58,7 +69,7 @@ def client_gradients(models, weights, loss):
 def test_the_logit_gradient_is_the_gradient_of_the_objective(loss, N, d, seed):
     models, logits, proportions = problem(N, d, seed)
     weights = mixing(logits)
-    ours = logit_gradient(models, weights, client_gradients(models, weights, loss), proportions)
+    ours = logit_gradient(weights, along(models, client_gradients(models, weights, loss), weights), proportions)
     free = logits.clone().requires_grad_()
     theirs = torch.autograd.grad(objective(models, free, proportions, loss), free)[0]
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
@@ -154,6 +165,24 @@ def test_sums_over_blocks_are_the_sums_over_everything():
     torch.testing.assert_close(inner_products(left, right), left @ right.T)
     torch.testing.assert_close(squared_norms(left), left.square().sum(dim=1))
     torch.testing.assert_close(weighted_sum(normal(7, 3, 2), right), normal(7, 3, 2).T @ right)
+
+
+@pytest.mark.parametrize("d", [1, 2, 5, 6, 7, 8, 14, 17])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_one_pass_tells_what_several_would(d, dtype):
+    """More rows and columns than one block; numbers of models with and without rows of zeros beside them."""
+    models, updates = normal(8, d, BLOCK + 3).to(dtype), normal(9, 2 * ROWS + 3, BLOCK + 3).to(dtype)
+    before, seen = updates.clone(), compared(models, updates)
+    middle = centred(models)
+    torch.testing.assert_close(seen.products, updates.double() @ middle.T)
+    torch.testing.assert_close(seen.squares, updates.double().square().sum(dim=1))
+    torch.testing.assert_close(seen.spread, middle.square().sum(dim=1))
+    torch.testing.assert_close(seen.reach(), seen.squares.sqrt() * middle.norm(dim=1).max())
+    torch.testing.assert_close(centred_products(models), middle @ middle.T)
+    some, weights = slice(ROWS, ROWS + 2), normal(10, 2 * ROWS + 3, d)
+    torch.testing.assert_close(weighted_sum(weights, updates), weights.T @ updates.double())
+    assert torch.equal(seen.rows(some).along(weights[some]), seen.along(weights)[some])
+    assert torch.equal(updates, before)
 
 
 def test_a_float32_sum_is_taken_in_float64():

@@ -10,7 +10,7 @@ from fedmerge.algorithms.fedmerge import FedMerge
 from fedmerge.core.protocol import Federation, Update, deliver, state_tensors
 from fedmerge.core.replies import Reply, named_tensors, stacked_updates, template_of
 from fedmerge.core.sums import ROWS, inner_products, squared_norms, weighted_sum
-from fedmerge.runtime.spool import Spool
+from fedmerge.runtime.spool import Cohort, Spool
 
 COHORT = (1, 4, 5, 8, 9)
 
@@ -35,6 +35,21 @@ def test_what_was_taken_in_comes_out_in_client_order(tmp_path: Path, clients: tu
     assert counts.tolist() == [10 + i for i in sorted(clients)]
     wanted = named_tensors(stacked_updates(ordered, TEMPLATE))
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in named_tensors(update).items())
+
+
+@pytest.mark.parametrize("given", [COHORT, COHORT[::-1], torch.tensor(COHORT[::-1])])
+def test_a_cohort_is_the_set_of_its_clients(given: Any) -> None:
+    cohort = Cohort(given)
+    assert list(cohort) == sorted(COHORT)
+    assert len(cohort) == len(COHORT)
+    assert [client in cohort for client in range(11)] == [client in COHORT for client in range(11)]
+    assert not any(other in cohort for other in (-1, 10**30, 4.0, "4", None))
+    assert [cohort.place(client) for client in sorted(COHORT)] == list(range(len(COHORT)))
+
+
+def test_a_cohort_may_be_empty() -> None:
+    assert list(Cohort([])) == []
+    assert 0 not in Cohort([])
 
 
 def test_files_are_their_owners_and_begin_anew(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedmerge.core.errors import UsageError
 from fedmerge.core.protocol import Batches, Cost, Draw, Federation, Task, Update
-from fedmerge.core.sums import shares_of_examples, weighted_sum
+from fedmerge.core.sums import blocks, shares_of_examples, weighted_sum
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,13 @@ def moved(state: Models, step: Float[Tensor, "d P"], *, lr: float, momentum: flo
     Buffers take `step` as it is: with momentum or a rate above 1 a running variance could fall below zero.
     """
     T = state.velocity.shape[1]
-    velocity = momentum * state.velocity.double() + step[:, :T]
-    change = torch.cat([lr * velocity, step[:, T:]], dim=1)
-    models = (state.models.double() - change).to(state.models.dtype)
-    return Models(models, velocity.to(state.velocity.dtype))
+    models, velocity = torch.empty_like(state.models), torch.empty_like(state.velocity)
+    for some in blocks(T):
+        speed = momentum * state.velocity[:, some].double() + step[:, some]
+        velocity[:, some] = speed
+        models[:, some] = state.models[:, some].double() - lr * speed
+    models[:, T:] = state.models[:, T:].double() - step[:, T:]
+    return Models(models, velocity)
 
 
 def refuse_more_than_clients(method: str, count: int | None, num_clients: int, what: str = "model") -> None:

@@ -13,11 +13,11 @@ from fedmerge.algorithms import _parts
 from fedmerge.algorithms._registry import algorithm
 from fedmerge.core import private
 from fedmerge.core.errors import UsageError
-from fedmerge.core.mixing import mirror_step, reach
+from fedmerge.core.mixing import mirror_step
 from fedmerge.core.options import check_options, option
 from fedmerge.core.protocol import Cost, Draw, Federation, Update
 from fedmerge.core.soup import Soup, merge, mixing
-from fedmerge.core.sums import along
+from fedmerge.core.sums import compared
 
 
 @dataclass(frozen=True)
@@ -160,8 +160,8 @@ class DpFedMerge:
         models: Float[Tensor, "d P"],
         delta: Float[Tensor, "C P"],
     ) -> Float[Tensor, "C d"]:
-        pull = along(models, delta, weights)
-        return mirror_step(rows, pull, reach(models, delta), lr=self.mixing_lr, decay=self.decay)
+        seen = compared(models, delta)
+        return mirror_step(rows, seen.along(weights), seen.reach(), lr=self.mixing_lr, decay=self.decay)
 
     # ---------------------------------------------------------------- client and facts
 

@@ -21,13 +21,24 @@ from fedmerge.core.options import check_options, option
 from fedmerge.core.protocol import Cost, Draw, Federation, Update
 from fedmerge.core.shrinkage import shrunk_updates
 from fedmerge.core.soup import Soup, logit_gradient, merge, mixing, shares
-from fedmerge.core.sums import along, centred, shares_of_examples, squared_norms, weighted_sum
+from fedmerge.core.sums import (
+    BLOCK,
+    Compared,
+    along,
+    blocks,
+    centred,
+    compared,
+    shares_of_examples,
+    squared_norms,
+    weighted_sum,
+)
 
 log = logging.getLogger(__name__)
 
 ADAPTER_LEAN = 6.0
 """Adapters start almost apart: few rounds follow, and different tasks share little. See docs/algorithm.md."""
 Rule = Literal["mirror", "official", "gradient", "adam"]
+Squares = list[Float[Tensor, " C"]]
 
 
 @dataclass(frozen=True)
@@ -190,10 +201,12 @@ class FedMerge:
         """Places clients that reply for the first time, moves W and Θ, and in the search looks for structure."""
         state = self._placed(state, clients, update.delta)
         logits, moments = state.soup.logits, state.moments
+        squares: Squares = []
         if len(state.soup.models) > 1:
-            logits, moments = self._moved_weights(state, clients, update.delta, num_examples)
-        seen_weights = logits if self.order == "weights-first" else state.soup.logits
-        step = self._model_step(state, mixing(seen_weights[:, clients]), update.delta, num_examples)
+            logits, moments, squares = self._moved_weights(state, clients, update.delta, num_examples)
+        rows = logits if self.order == "weights-first" else state.soup.logits
+        share = [shares(mixing(each[clients]), num_examples).clamp_max_(self.max_share) for each in rows]
+        step = self._model_step(state, share, update.delta, num_examples, squares)
         moved = _parts.moved(
             _parts.Models(state.soup.models, state.velocity), step, lr=self.server_lr, momentum=self.momentum or 0.0
         )
@@ -210,54 +223,69 @@ class FedMerge:
     def _model_step(
         self,
         state: State,
-        weights: Float[Tensor, "G C d"],
+        share: list[Float[Tensor, "C d"]],
         delta: Float[Tensor, "C P"],
         num_examples: Int[Tensor, " C"],
+        squares: Squares,
     ) -> Float[Tensor, "d P"]:
         proportions = shares_of_examples(num_examples)
         if len(state.soup.models) == 1:
             return weighted_sum(proportions.clamp_max(self.max_share), delta)
         T = state.velocity.shape[1]
-        share = [shares(row, num_examples).clamp_max(self.max_share) for row in weights]
-        steps = [
-            shrunk_updates(delta[:, a : min(b, T)], own, proportions[:, 0], strength=self.shrinkage or 0.0)
-            for (a, b), own in zip(state.blocks.tolist(), share, strict=True)
-        ]
-        return torch.cat([*steps, weighted_sum(share[-1], delta[:, T:])], dim=1)  # buffers are averaged as they are
+        strength, steps = self.shrinkage or 0.0, []
+        for (a, b), own, looked, known in zip(state.blocks.tolist(), share, state.scope.tolist(), squares, strict=True):
+            squared = known if looked == [a, min(b, T)] else None
+            part = delta[:, a : min(b, T)]
+            steps.append(shrunk_updates(part, own, proportions[:, 0], strength=strength, squares=squared))
+        if delta.shape[1] > T:
+            steps.append(weighted_sum(share[-1], delta[:, T:]))  # buffers are averaged as they are
+        return torch.cat(steps, dim=1) if len(steps) > 1 else steps[0]
 
     def _moved_weights(
         self, state: State, clients: Int[Tensor, " C"], delta: Float[Tensor, "C P"], num_examples: Int[Tensor, " C"]
-    ) -> tuple[Float[Tensor, "G N d"], Float[Tensor, "2 g N d"]]:
-        logits, moments = state.soup.logits.clone(), state.moments.clone()
+    ) -> tuple[Float[Tensor, "G N d"], Float[Tensor, "2 g N d"], Squares]:
+        """New W and Adam's memory, and ‖g_i‖² over the ranges that moved them."""
+        logits, moments, squares = state.soup.logits.clone(), state.moments.clone(), []
         proportions = shares_of_examples(num_examples)[:, 0]
+        at_once = max(1, len(clients)) if self.rule == "official" else BLOCK  # its step depends on all rows
         for block, (a, b) in enumerate(state.scope.tolist()):
-            models, replies, rows = state.soup.models[:, a:b], delta[:, a:b], logits[block, clients]
-            weights = mixing(rows)
-            if self.rule == "mirror":
-                rows = self._mirrored(rows, along(models, replies, weights), models, replies)
-            elif self.rule == "official":
-                slope = weights * along(models, replies, weights)
-                rows = rules.official_step(rows, slope, proportions, lr=self.mixing_lr or 0.0)
-            elif self.rule == "gradient":
-                gradient = logit_gradient(models, weights, replies, proportions)
-                rows = rules.gradient_step(rows, gradient, lr=self.mixing_lr or 0.0)
-            else:
-                memory = rules.Moments(moments[0, block, clients], moments[1, block, clients], state.seen[clients])
-                gradient = logit_gradient(models, weights, replies, proportions)
-                rows, memory = rules.adam_step(rows, gradient, memory, lr=self.mixing_lr or 0.0)
-                moments[:, block, clients] = torch.stack([memory.first, memory.second])
-            logits[block, clients] = rows if self.max_logit is None else rows.clamp(-self.max_logit, self.max_logit)
-        return logits, moments
+            seen = compared(state.soup.models[:, a:b], delta[:, a:b])
+            for some in blocks(len(clients), at_once):
+                own = clients[some]
+                memory = self._memory(moments, block, own, state)
+                rows, memory = self._moved_rows(logits[block, own], seen.rows(some), proportions[some], memory)
+                logits[block, own] = rows if self.max_logit is None else rows.clamp(-self.max_logit, self.max_logit)
+                if memory is not None:
+                    moments[:, block, own] = torch.stack([memory.first, memory.second])
+            squares.append(seen.squares)
+        return logits, moments, squares
 
-    def _mirrored(
+    def _memory(
+        self, moments: Float[Tensor, "2 g N d"], block: int, clients: Int[Tensor, " c"], state: State
+    ) -> rules.Moments | None:
+        """Adam's memory of these clients; None for other rules."""
+        if self.rule != "adam":
+            return None
+        return rules.Moments(moments[0, block, clients], moments[1, block, clients], state.seen[clients])
+
+    def _moved_rows(
         self,
-        rows: Float[Tensor, "C d"],
-        pull: Float[Tensor, "C d"],
-        models: Float[Tensor, "d T"],
-        replies: Float[Tensor, "C T"],
-    ) -> Float[Tensor, "C d"]:
-        reach = rules.reach(models, replies)
-        return rules.mirror_step(rows, pull, reach, lr=self.mixing_lr or 0.0, decay=self.decay or 0.0)
+        rows: Float[Tensor, "c d"],
+        seen: Compared,
+        proportions: Float[Tensor, " c"],
+        memory: rules.Moments | None,
+    ) -> tuple[Float[Tensor, "c d"], rules.Moments | None]:
+        """The rule's step for some of the replies, and Adam's memory after it."""
+        lr, weights = self.mixing_lr or 0.0, mixing(rows)
+        pull = seen.along(weights)
+        if self.rule == "mirror":
+            return rules.mirror_step(rows, pull, seen.reach(), lr=lr, decay=self.decay or 0.0), None
+        if self.rule == "official":
+            return rules.official_step(rows, weights * pull, proportions, lr=lr), None
+        gradient = logit_gradient(weights, pull, proportions)
+        if memory is None:
+            return rules.gradient_step(rows, gradient, lr=lr), None
+        return rules.adam_step(rows, gradient, memory, lr=lr)
 
     # ---------------------------------------------------------------- the search for structure
 

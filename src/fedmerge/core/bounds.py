@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from fedmerge.core.sums import centred, inner_products, squared_norms
+from fedmerge.core.sums import blocks, centred_products, squared_norms, weighted_sum
 
 LEAVE = 0.2
 """What a row takes off its logit for a remote model in a round: a step of the mirror rule."""
@@ -33,9 +33,9 @@ def weighted_median(values: Float[Tensor, "*rows n"], weights: Float[Tensor, "*r
 
 def distances(models: Float[Tensor, "d P"]) -> Float[Tensor, "d d"]:
     """‖Θ_j − Θ_k‖ in float64."""
-    apart = centred(models)
-    squares = squared_norms(apart)
-    return (squares[:, None] + squares[None, :] - 2 * inner_products(apart, apart)).clamp_min(0).sqrt()
+    products = centred_products(models)
+    squares = products.diagonal()
+    return (squares[:, None] + squares[None, :] - 2 * products).clamp_min(0).sqrt()
 
 
 def gaps(models: Float[Tensor, "d P"], use: Float[Tensor, " d"]) -> tuple[Float[Tensor, " d"], Float[Tensor, ""]]:
@@ -51,6 +51,14 @@ def gaps(models: Float[Tensor, "d P"], use: Float[Tensor, " d"]) -> tuple[Float[
     others = use.repeat(len(use), 1).fill_diagonal_(0)
     typical = weighted_median(distances(models), others)
     return typical, weighted_median(typical, use)
+
+
+def mean_use(logits: Float[Tensor, "G N d"]) -> Float[Tensor, " d"]:
+    """Mean over rows of the weight that they give each model, without all weights at a time."""
+    total = logits.new_zeros(logits.shape[-1])
+    for some in blocks(logits.shape[1]):
+        total += torch.softmax(logits[:, some], dim=-1).sum(dim=(0, 1))
+    return total / (logits.shape[0] * logits.shape[1])
 
 
 def kept_together(
@@ -72,13 +80,13 @@ def kept_together(
     """
     if factor == 0 or len(models) < 3:
         return models, logits
-    use, trained = torch.softmax(logits, dim=-1).mean(dim=(0, 1)), models[:, :num_trainable]
+    use, trained = mean_use(logits), models[:, :num_trainable]
     typical, middle = gaps(trained, use)
     remote = typical > factor * middle
     if middle == 0 or not bool(remote.any()):
         return models, logits
     near = torch.where(remote, 0.0, use)
-    centre = (near / near.sum()) @ trained.double()
+    centre = weighted_sum((near / near.sum())[:, None], trained)
     apart = trained[remote].double() - centre
     shrink = (factor * middle / squared_norms(apart).sqrt()).clamp_max(1.0)
     models = models.clone()

@@ -78,7 +78,8 @@ class Watched:
     def voters(self) -> Bool[Tensor, " N"]:
         """Clients whose last reply counts in a median: those of this round, and the latest before up to `VOTERS`."""
         seen = self.last > 0
-        earliest = self.last[seen].sort(descending=True).values[:VOTERS]
+        heard = self.last[seen]
+        earliest = heard.topk(min(VOTERS, len(heard))).values
         return seen & (self.last >= earliest[-1]) if len(earliest) else seen
 
 
@@ -89,26 +90,29 @@ class Guarded:
     Attributes:
         algorithm: One whose clients send an `Update`; other replies pass as they are.
         defences: Where to cut.
+        in_place: Whether updates are cut where they lie: for a server whose replies are the round's own and need not
+            be read again, as those of a `fedmerge.runtime.spool.Spool`. Otherwise a copy of all of them is cut.
     """
 
     algorithm: Algorithm[Any]
     defences: Defences
+    in_place: bool = False
 
     # ---------------------------------------------------------------- server
 
     def init(self, draw: Draw, federation: Federation, seed: int) -> Watched:
         """The method's state, nobody heard of yet."""
         N = federation.num_clients
-        nobody = torch.zeros(N, dtype=torch.int64)
+        last, counts, clipped, capped = (torch.zeros(N, dtype=torch.int64) for _ in range(4))
         return Watched(
             method=self.algorithm.init(draw, federation, seed),
             edges=torch.tensor([federation.num_trainable, len(draw(0))]),
             round=torch.tensor(0),
-            last=nobody,
+            last=last,
             norms=torch.zeros(2, N, dtype=torch.float64),
-            counts=nobody,
-            clipped=nobody,
-            capped=nobody,
+            counts=counts,
+            clipped=clipped,
+            capped=capped,
         )
 
     def receive(
@@ -123,8 +127,8 @@ class Guarded:
         return replace(
             state,
             method=self.algorithm.receive(state.method, clients, Update(delta), counts),
-            clipped=state.clipped.index_add(0, clients, clipped.long()),
-            capped=state.capped.index_add(0, clients, capped.long()),
+            clipped=_counted(state.clipped, clients[clipped]),
+            capped=_counted(state.capped, clients[capped]),
         )
 
     def _capped(self, state: Watched, num_examples: Int[Tensor, " C"]) -> tuple[Int[Tensor, " C"], Bool[Tensor, " C"]]:
@@ -147,13 +151,15 @@ class Guarded:
     ) -> tuple[Float[Tensor, "C S"], Bool[Tensor, " C"]]:
         """Updates cut to the limit, the trainable part and the buffers each by their own; and whose were."""
         voters, middle = state.voters(), _trainable(state, delta)
-        parts, cut = [], torch.zeros(len(clients), dtype=torch.bool)
-        for norms, part in zip(state.norms, (delta[:, :middle], delta[:, middle:]), strict=True):
-            typical = upper_median(norms[voters])
-            long = (norms[clients] > reach * typical) & (typical > 0)
-            parts.append(_shortened(part, long, (reach * typical / norms[clients])[long]))
+        believed, cut = delta, torch.zeros(len(clients), dtype=torch.bool)
+        for norms, part in zip(state.norms, (slice(0, middle), slice(middle, None)), strict=True):
+            typical, own = upper_median(norms[voters]), norms[clients]
+            long = (own > reach * typical) & (typical > 0)
+            if believed is delta and not self.in_place and bool(long.any()):
+                believed = delta.clone()
+            _shorten(believed[:, part], long, reach * typical / own)
             cut |= long
-        return (torch.cat(parts, dim=1) if bool(cut.any()) else delta), cut
+        return believed, cut
 
     def cost(self, state: Watched) -> Cost:
         """The method's, and what is remembered of the clients."""
@@ -178,11 +184,15 @@ class Guarded:
     personal = around.personal
 
 
-def _shortened(
-    part: Float[Tensor, "C S"], long: Bool[Tensor, " C"], scale: Float[Tensor, " k"]
-) -> Float[Tensor, "C S"]:
-    """The same with these rows multiplied by `scale`; every other row to the last bit as it was."""
-    return part.index_put((long,), (part[long].double() * scale[:, None]).to(part.dtype)) if len(scale) else part
+def _shorten(part: Float[Tensor, "C S"], long: Bool[Tensor, " C"], scale: Float[Tensor, " C"]) -> None:
+    """Multiplies these rows by their `scale`; every other row stays to the last bit."""
+    for place in long.nonzero()[:, 0].tolist():
+        part[place] = part[place].double() * scale[place]
+
+
+def _counted(times: Int[Tensor, " N"], clients: Int[Tensor, " k"]) -> Int[Tensor, " N"]:
+    """One more for each of these clients."""
+    return times.index_add(0, clients, torch.ones_like(clients)) if len(clients) else times
 
 
 def _trainable(state: Watched, delta: Float[Tensor, "C S"]) -> int:
@@ -216,14 +226,14 @@ def upper_median(values: Tensor) -> Tensor:
     return values.sort().values[len(values) // 2]
 
 
-def guarded(method: Algorithm[Any], defences: Defences) -> Algorithm[Any]:
+def guarded(method: Algorithm[Any], defences: Defences, *, in_place: bool = False) -> Algorithm[Any]:
     """The method behind these defences; the method itself if they are off or do not fit its clients' replies.
 
     They fit replies that are an `Update`. Methods whose clients send something else (ifca, fedem, fedsoft, feddbe and
     scaffold, of those registered) are not guarded: what may be cut there is another question for each.
     """
     off = defences.clip == 0 and defences.max_count == 0
-    return method if off or not _sends_update(method) else Guarded(method, defences)
+    return method if off or not _sends_update(method) else Guarded(method, defences, in_place)
 
 
 def _sends_update(method: Algorithm[Any]) -> bool:

@@ -12,8 +12,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fedmerge.core.sums import centred, squared_norms
-
 OFFICIAL_INNER_STEP = 0.01
 OFFICIAL_MAX_REPEATS = 10_001
 
@@ -80,11 +78,6 @@ def adam_step(
     return logits - lr * first / (1 - beta1**count) / scale, Moments(first, second, steps)
 
 
-def reach(models: Float[Tensor, "d P"], updates: Float[Tensor, "C P"]) -> Float[Tensor, " C"]:
-    """‖g_i‖ · max_j ‖Θ_j − Θ̄‖, what q_ij could be at most: the `scale` of `mirror_step`."""
-    return squared_norms(updates).sqrt() * squared_norms(centred(models)).max().sqrt()
-
-
 def mirror_step(
     logits: Float[Tensor, "C d"],
     along: Float[Tensor, "C d"],
@@ -102,7 +95,7 @@ def mirror_step(
     Args:
         logits: W, rows of this round's clients.
         along: q_ij with Σ_j A_ij q_ij = 0.
-        scale: [C] from `reach`.
+        scale: [C] from `fedmerge.core.sums.Compared.reach`.
         lr: Largest change of a logit before decay.
         decay: Pull of the logits towards uniform merging at every step.
         floor: A row whose q is below this fraction of `scale` is rounding noise and does not move.

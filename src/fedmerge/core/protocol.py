@@ -267,8 +267,10 @@ def deliver(
 def _refuse_non_finite(replies: Tensor, clients: Tensor) -> None:
     if replies.numel() == 0:
         return
-    lowest, highest = torch.aminmax(replies.reshape(len(replies), -1), dim=1)  # NaN is both
-    finite = torch.isfinite(lowest) & torch.isfinite(highest)
+    rows = replies.reshape(len(replies), -1)
+    if bool(torch.isfinite(rows.sum(dim=1)).all()):  # a sum with NaN or infinity in it is not finite
+        return
+    finite = torch.isfinite(rows.amin(dim=1)) & torch.isfinite(rows.amax(dim=1))  # NaN is both
     if not bool(finite.all()):
         raise FedmergeError(
             f"clients {clients[~finite].tolist()} sent NaN or infinite values: their training diverged; "

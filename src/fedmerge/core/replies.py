@@ -105,7 +105,7 @@ class Expected:
 
     run: str
     round: int
-    cohort: frozenset[int]
+    cohort: Set[int]
     template: Template
     late: frozenset[int] = frozenset()
     most_examples: int = MOST_EXAMPLES

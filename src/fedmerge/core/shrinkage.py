@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fedmerge.core.sums import inner_products, squared_norms, weighted_sum
+from fedmerge.core.sums import blocks, column_sums, squared_norms, weighted_sum
 
 
 def shrunk_updates(
@@ -15,6 +15,7 @@ def shrunk_updates(
     proportions: Float[Tensor, " C"],
     *,
     strength: float,
+    squares: Float[Tensor, " C"] | None = None,
 ) -> Float[Tensor, "d P"]:
     """U_j ← Ū + λ_j (U_j − Ū) with λ_j = max(0, 1 − strength · v_j / ‖U_j − Ū‖²).
 
@@ -27,20 +28,29 @@ def shrunk_updates(
         share: a_ij, columns summing to 1 (or 0 for a model nobody uses).
         proportions: m_i, summing to 1.
         strength: Dimensionless; 0 switches shrinkage off.
+        squares: ‖g_i‖² where they are known already.
 
     Returns:
         [d, P] in float64.
     """
-    own = weighted_sum(share, updates)
-    if strength == 0 or share.shape[1] == 1:
-        return own
-    common = weighted_sum(proportions[:, None], updates)
-    spread = squared_norms(updates)[:, None] - 2 * inner_products(updates, own) + squared_norms(own)[None, :]
+    d = share.shape[1]
+    if strength == 0 or d == 1:
+        return weighted_sum(share, updates)
+    squares = squared_norms(updates) if squares is None else squares
+    sums = torch.empty(d + 1, updates.shape[1], dtype=torch.float64, device=updates.device)  # the last row is Ū
+    lengths, distance = (torch.zeros(d, dtype=torch.float64, device=updates.device) for _ in range(2))
+    for columns, part in column_sums(updates, share, proportions[:, None]):
+        sums[:, columns] = part
+        lengths += part[:d].square().sum(dim=1)
+        distance += (part[:d] - part[d:]).square().sum(dim=1)
+    total = share.sum(dim=0)
+    spread = share.T @ squares + (total - 2) * lengths  # = Σ_i a_ij ‖g_i − U_j‖², without the replies
     room = 1 - share.square().sum(dim=0)
     # A model with one client has no spread to measure (0/0): it follows that client.
-    variance = torch.where(room > 1e-9, (share * spread.clamp_min(0)).sum(dim=0) / room.clamp_min(1e-9), 0.0)
+    variance = torch.where(room > 1e-9, spread.clamp_min(0) / room.clamp_min(1e-9), 0.0)
     chance = variance * (share - proportions[:, None]).square().sum(dim=0)
-    distance = squared_norms(own - common)
-    keep = (1 - strength * chance / distance.clamp_min(torch.finfo(torch.float64).tiny)).clamp_min(0)
-    used = share.sum(dim=0) > 0
-    return torch.where(used[:, None], common + keep[:, None] * (own - common), own)
+    keep = (1 - strength * chance / distance.clamp_min(torch.finfo(torch.float64).tiny)).clamp_min(0)[:, None]
+    for columns in blocks(updates.shape[1]):
+        own, common = sums[:d, columns], sums[d:, columns]
+        own.copy_(torch.where((total > 0)[:, None], common + keep * (own - common), own))
+    return sums[:d]

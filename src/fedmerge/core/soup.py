@@ -14,8 +14,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fedmerge.core.sums import along
-
 
 @dataclass(frozen=True)
 class Soup:
@@ -62,23 +60,19 @@ def shares(weights: Float[Tensor, "C d"], num_examples: Int[Tensor, " C"]) -> Fl
     """
     weighted = weights.double() * num_examples.double()[:, None]
     total = weighted.sum(dim=0, keepdim=True)
-    return weighted / torch.where(total > 0, total, torch.ones_like(total))
+    return weighted.div_(torch.where(total > 0, total, torch.ones_like(total)))
 
 
 def logit_gradient(
-    models: Float[Tensor, "d P"],
-    weights: Float[Tensor, "C d"],
-    updates: Float[Tensor, "C P"],
-    proportions: Float[Tensor, " C"],
+    weights: Float[Tensor, "C d"], along: Float[Tensor, "C d"], proportions: Float[Tensor, " C"]
 ) -> Float[Tensor, "C d"]:
     """∂F/∂W_ij = p_i A_ij ⟨∇L_i(θ_i), Θ_j − θ_i⟩, with the pseudo-gradient g_i in place of ∇L_i (paper, eq. 7-9).
 
-    F(Θ, W) = Σ_i p_i L_i(Σ_j A_ij Θ_j). Computed in float64 on centred models.
+    F(Θ, W) = Σ_i p_i L_i(Σ_j A_ij Θ_j).
 
     Args:
-        models: Θ.
         weights: Rows of A for the clients of this round.
-        updates: g_i = θ_i before − after local training.
+        along: ⟨g_i, Θ_j − θ_i⟩ from `fedmerge.core.sums.along`.
         proportions: p_i.
     """
-    return proportions.double()[:, None] * weights * along(models, updates, weights)
+    return proportions.double()[:, None] * weights * along
