@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-SPEED = Path(__file__).parents[2] / "benchmarks" / "speed"
-sys.path.extend([str(SPEED), str(SPEED / "peers")])
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks" / "speed"))
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks" / "speed" / "peers"))
 
 import rivals
 import workloads
