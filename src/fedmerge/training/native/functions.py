@@ -35,7 +35,7 @@ class Stage:
         stride: Of the convolution, by height and width.
         padding: With zeros, by height and width.
         groups: Of the convolution.
-        sets: Groups of the GroupNorm.
+        sets: Groups of the GroupNorm; 0 if none follows, and then nothing does.
         eps: Added to the variance.
         relu: Whether ReLU follows.
         pool: 2 if the maximum of 2 x 2 pixels follows, else 1.
@@ -44,15 +44,23 @@ class Stage:
     stride: Pair
     padding: Pair
     groups: int
-    sets: int
-    eps: float
-    relu: bool
-    pool: int
+    sets: int = 0
+    eps: float = 0.0
+    relu: bool = False
+    pool: int = 1
 
 
 @cache
 def _kernels() -> ctypes.CDLL:
-    return library()
+    """The library, told what each function takes: pointers and sizes are plain integers on this side."""
+    found, size, at = library(), ctypes.c_int64, ctypes.c_void_p
+    found.fm_keep_memory()
+    found.fm_lanes.restype = size
+    found.fm_to_lanes.argtypes = [at, at, *[size] * 5, at]
+    found.fm_stage_forward.argtypes = [at, at, ctypes.c_double, *[at] * 9]
+    found.fm_stage_backward.argtypes = [at] * 15
+    found.fm_peak_forward.argtypes = found.fm_peak_backward.argtypes = [size, size, at, at, at]
+    return found
 
 
 @cache
@@ -69,23 +77,20 @@ def _agrees() -> bool:
     draws = torch.arange(16 * 3 * 6 * 6, dtype=torch.float32)
     x = (draws * 0.7).sin().view(16, 3, 6, 6)
     weight = (draws[:135] * 1.3).cos().view(5, 3, 3, 3)
-    ours = conv2d_raw(x, weight, (1, 1), (1, 1), 1)
+    ours = _shown(_run(_stored(x), weight, None, None, None, _alone((1, 1), (1, 1), 1))[0], 16)
     return torch.allclose(ours, functional.conv2d(x, weight, padding=1), rtol=1e-4, atol=1e-4)
 
 
-def _call(name: str, *values: Any) -> None:
-    if getattr(_kernels(), name)(*values):
-        raise MemoryError(f"no memory for the scratch space of {name}")
-
-
-def _at(tensor: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())
+def _check(short_of_memory: int) -> None:
+    if short_of_memory:
+        raise MemoryError("no memory for the scratch space of a convolution")
 
 
 @cache
 def _width() -> int:
     """Examples in one vector."""
-    return int(_kernels().fm_lanes())
+    width: int = _kernels().fm_lanes()
+    return width
 
 
 def _stored(x: Tensor) -> Tensor:
@@ -96,8 +101,7 @@ def _stored(x: Tensor) -> Tensor:
     batch, channels, height, width = x.shape
     stored = x.new_empty(height, width, channels, -(-batch // _width()) * _width())
     steps = (ctypes.c_int64 * 4)(*x.stride())
-    sizes = [ctypes.c_int64(size) for size in (batch, channels, height, width, stored.shape[3])]
-    _kernels().fm_to_lanes(_at(x), steps, *sizes, _at(stored))
+    _kernels().fm_to_lanes(x.data_ptr(), steps, batch, channels, height, width, stored.shape[3], stored.data_ptr())
     return stored
 
 
@@ -106,120 +110,97 @@ def _shown(stored: Tensor, batch: int) -> Tensor:
     return stored.permute(3, 2, 0, 1)[:batch]
 
 
+Ints = Any  # an array of C integers
+
+
 @lru_cache(maxsize=1024)
-def _shape(
-    lanes: int, groups: int, sizes: Pair, weight: tuple[int, ...], steps: tuple[int, ...], stride: Pair, padding: Pair
-) -> tuple[Any, Pair]:
-    """The kernels' description of a convolution (the order of `Shape` in kernels.c), and the size of its output."""
-    outer, inner, *kernel = weight
-    out = [(n + 2 * p - k) // s + 1 for n, p, k, s in zip(sizes, padding, kernel, stride, strict=True)]
-    small = kernel == [3, 3] and stride == (1, 1) and max(padding) <= 2
+def _shapes(
+    stage: Stage, x: tuple[int, ...], weight: tuple[int, ...], steps: tuple[int, ...]
+) -> tuple[Ints, Ints | None, Pair, Pair]:
+    """The kernels' `Shape` and `Norm`, and the sizes of the convolution's output and of the stage's.
+
+    Args:
+        stage: What is done.
+        x: Shape of the stored input, [H, W, C, L].
+        weight: Shape of the weight.
+        steps: Strides of the weight.
+    """
+    (height, width, _, lanes), (outer, inner, *kernel) = x, weight
+    given = zip((height, width), stage.padding, kernel, stage.stride, strict=True)
+    out = [(n + 2 * p - k) // s + 1 for n, p, k, s in given]
+    small = kernel == [3, 3] and stage.stride == (1, 1) and max(stage.padding) <= 2
     tile = TILE if small and inner >= 8 else 0
-    numbers = (lanes, groups, inner, outer // groups, *sizes, *out, *kernel, *stride, *padding, *steps, tile)
-    return (ctypes.c_int64 * len(numbers))(*numbers), (out[0], out[1])
+    each = (inner, outer // stage.groups, height, width, *out, *kernel)
+    shape = _ints(lanes, stage.groups, *each, *stage.stride, *stage.padding, *steps, tile)
+    norm = _ints(lanes, outer, stage.sets, *out, int(stage.relu), stage.pool) if stage.sets else None
+    return shape, norm, (out[0], out[1]), (out[0] // stage.pool, out[1] // stage.pool)
 
 
-def _shape_of(x: Tensor, weight: Tensor, stride: Pair, padding: Pair, groups: int) -> tuple[Any, Pair]:
-    height, width, _, lanes = x.shape
-    return _shape(lanes, groups, (height, width), tuple(weight.shape), weight.stride(), stride, padding)
-
-
-def _forward(x: Tensor, weight: Tensor, stride: Pair, padding: Pair, groups: int) -> Tensor:
-    shape, out = _shape_of(x, weight, stride, padding, groups)
-    y = x.new_empty(*out, weight.shape[0], x.shape[3])
-    _call("fm_conv_forward", shape, _at(x), _at(weight), _at(y))
-    return y
-
-
-def _add_bias(y: Tensor, bias: Tensor) -> None:
-    sizes = [ctypes.c_int64(n) for n in (y.shape[0] * y.shape[1], y.shape[2], y.shape[3])]
-    bias = bias.contiguous()
-    _kernels().fm_add_bias(*sizes, _at(bias), _at(y))
-
-
-def _backward(
-    x: Tensor, weight: Tensor, dy: Tensor, stride: Pair, padding: Pair, groups: int, needed: tuple[bool, bool, bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Slopes on the input (as stored), the weight and the bias; None where not `needed`."""
-    shape, _ = _shape_of(x, weight, stride, padding, groups)
-    dx = dw = db = None
-    if needed[0]:
-        dx = torch.empty_like(x)
-        _call("fm_conv_backward_data", shape, _at(dy), _at(weight), _at(dx))
-    if needed[1]:
-        dw = torch.empty_strided(weight.shape, weight.stride())
-        _call("fm_conv_backward_weights", shape, _at(x), _at(dy), _at(dw))
-    if needed[2]:
-        db = dy.new_empty(dy.shape[2])
-        sizes = [ctypes.c_int64(n) for n in (dy.shape[0] * dy.shape[1], dy.shape[2], dy.shape[3])]
-        _call("fm_bias_slope", *sizes, _at(dy), _at(db))
-    return dx, dw, db
-
-
-def conv2d_raw(x: Tensor, weight: Tensor, stride: Pair, padding: Pair, groups: int) -> Tensor:
-    """The convolution without autograd and without asking whether the kernels can take it."""
-    return _shown(_forward(_stored(x), weight, stride, padding, groups), x.shape[0])
-
-
-class _Convolution(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, groups: int
-    ) -> Tensor:
-        stored = _stored(x)
-        y = _forward(stored, weight, stride, padding, groups)
-        if bias is not None:
-            _add_bias(y, bias)
-        ctx.save_for_backward(stored, weight)
-        ctx.how = stride, padding, groups
-        return _shown(y, x.shape[0])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
-        stored, weight = ctx.saved_tensors
-        stride, padding, groups = ctx.how
-        needed = ctx.needs_input_grad[:3]
-        dx, dw, db = _backward(stored, weight, _stored(slope), stride, padding, groups, needed)
-        return None if dx is None else _shown(dx, slope.shape[0]), dw, db, None, None, None
-
-
-def _norm_shape(y: Tensor, stage: Stage) -> Any:
-    height, width, channels, lanes = y.shape
-    numbers = (lanes, channels, stage.sets, height, width, int(stage.relu), stage.pool)
+def _ints(*numbers: int) -> Ints:
     return (ctypes.c_int64 * len(numbers))(*numbers)
 
 
+def _run(
+    x: Tensor, weight: Tensor, bias: Tensor | None, gain: Tensor | None, shift: Tensor | None, stage: Stage
+) -> tuple[Tensor, Tensor | None]:
+    """The stage's output as stored, and what backward needs of a norm: y, mean and rate, one after another."""
+    shape, norm, size, out_size = _shapes(stage, x.shape, weight.shape, weight.stride())
+    channels, lanes = weight.shape[0], x.shape[3]
+    out = x.new_empty(*out_size, channels, lanes)
+    given = (x.data_ptr(), weight.data_ptr(), bias.data_ptr() if bias is not None else None)
+    if norm is None or gain is None or shift is None:
+        nothing = (None,) * 2
+        _check(_kernels().fm_stage_forward(shape, None, 0.0, *given, *nothing, out.data_ptr(), *nothing, None))
+        return out, None
+    kept = x.new_empty((size[0] * size[1] * channels + 2 * stage.sets) * lanes)
+    inside = (gain.data_ptr(), shift.data_ptr(), *_parts(kept, stage.sets * lanes))
+    _check(_kernels().fm_stage_forward(shape, norm, stage.eps, *given, *inside, out.data_ptr()))
+    return out, kept
+
+
+def _parts(kept: Tensor, statistics: int) -> tuple[int, int, int]:
+    """Where y, mean and rate begin."""
+    start, end = kept.data_ptr(), kept.data_ptr() + 4 * kept.numel()
+    return start, end - 8 * statistics, end - 4 * statistics
+
+
 class _Stage(torch.autograd.Function):
-    """Convolution, GroupNorm, and perhaps ReLU and a maximum of 2 x 2."""
+    """A convolution, and what follows it if the stage has sets: GroupNorm, and perhaps ReLU and a maximum of 2 x 2."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, gain: Tensor, shift: Tensor, stage: Stage
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        gain: Tensor | None,
+        shift: Tensor | None,
+        stage: Stage,
     ) -> Tensor:
         stored = _stored(x)
-        y = _forward(stored, weight, stage.stride, stage.padding, stage.groups)
-        if bias is not None:
-            _add_bias(y, bias)
-        height, width, channels, lanes = y.shape
-        mean, rate = y.new_empty(2, stage.sets, lanes)
-        out = y.new_empty(height // stage.pool, width // stage.pool, channels, lanes)
-        shape, eps = _norm_shape(y, stage), ctypes.c_double(stage.eps)
-        _call("fm_norm_forward", shape, eps, _at(y), _at(gain), _at(shift), _at(mean), _at(rate), _at(out))
-        ctx.save_for_backward(stored, weight, gain, shift, y, mean, rate)
+        out, kept = _run(stored, weight, bias, gain, shift, stage)
+        ctx.save_for_backward(stored, weight, gain, shift, kept)
         ctx.stage = stage
         return _shown(out, x.shape[0])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
-        stored, weight, gain, shift, y, mean, rate = ctx.saved_tensors
-        stage, dy, changes = ctx.stage, torch.empty_like(y), gain.new_empty(2, len(gain))
-        given = (y, gain, shift, mean, rate, _stored(slope), dy, changes[0], changes[1])
-        _call("fm_norm_backward", _norm_shape(y, stage), *map(_at, given))
-        needed = ctx.needs_input_grad[:3]
-        dx, dw, db = _backward(stored, weight, dy, stage.stride, stage.padding, stage.groups, needed)
-        return None if dx is None else _shown(dx, slope.shape[0]), dw, db, changes[0], changes[1], None
+        x, weight, gain, shift, kept = ctx.saved_tensors
+        stage, needed, dout = ctx.stage, ctx.needs_input_grad, _stored(slope)
+        shape, norm, _, _ = _shapes(stage, x.shape, weight.shape, weight.stride())
+        dx = torch.empty_like(x) if needed[0] else None
+        dw = torch.empty_like(weight) if needed[1] else None
+        db = x.new_empty(weight.shape[0]) if needed[2] else None
+        dgain = dshift = None
+        inside: tuple[int | None, ...] = (None,) * 5
+        if norm is not None:
+            dgain, dshift = torch.empty_like(gain), torch.empty_like(shift)
+            inside = (gain.data_ptr(), shift.data_ptr(), *_parts(kept, stage.sets * x.shape[3]))
+        slopes = [None if tensor is None else tensor.data_ptr() for tensor in (dx, dw, db, dgain, dshift)]
+        given = (x.data_ptr(), weight.data_ptr(), *inside, dout.data_ptr(), *slopes)
+        _check(_kernels().fm_stage_backward(shape, norm, *given))
+        return None if dx is None else _shown(dx, slope.shape[0]), dw, db, dgain, dshift, None
 
 
 def takes(x: Tensor, *tensors: Tensor | None) -> bool:
@@ -244,8 +225,12 @@ def conv2d(
     padding, stride = _pair(padding), _pair(stride)
     if not (takes(inputs, weight, bias) and _fits(inputs, weight, padding, groups)):
         return functional.conv2d(inputs, weight, bias, stride, padding, groups=groups)
-    y: Tensor = _Convolution.apply(inputs, weight, bias, stride, padding, groups)  # type: ignore[no-untyped-call]
-    return y
+    return staged(inputs, weight, bias, None, None, _alone(stride, padding, groups))
+
+
+@cache
+def _alone(stride: Pair, padding: Pair, groups: int) -> Stage:
+    return Stage(stride=stride, padding=padding, groups=groups)
 
 
 def _pair(value: int | Pair) -> Pair:
@@ -263,8 +248,8 @@ def staged(
     inputs: Float[Tensor, "B I H W"],
     weight: Float[Tensor, "O J h w"],
     bias: Float[Tensor, " O"] | None,
-    gain: Float[Tensor, " O"],
-    shift: Float[Tensor, " O"],
+    gain: Float[Tensor, " O"] | None,
+    shift: Float[Tensor, " O"] | None,
     stage: Stage,
 ) -> Float[Tensor, "B O X Y"]:
     """Convolution, GroupNorm with `gain` and `shift`, and what else the stage names, in one step.
@@ -272,4 +257,35 @@ def staged(
     Only for what `takes` says yes to.
     """
     y: Tensor = _Stage.apply(inputs, weight, bias, gain, shift, stage)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _Peak(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        stored = _stored(x)
+        height, width, channels, lanes = stored.shape
+        peaks, places = stored.new_empty(1, 1, channels, lanes), torch.empty(channels * lanes, dtype=torch.int32)
+        given = [tensor.data_ptr() for tensor in (stored, peaks, places)]
+        _kernels().fm_peak_forward(height * width, channels * lanes, *given)
+        ctx.save_for_backward(places)
+        ctx.stored_shape = stored.shape
+        return _shown(peaks, x.shape[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> Tensor:
+        (places,), (height, width, channels, lanes) = ctx.saved_tensors, ctx.stored_shape
+        stored = _stored(slope)
+        dx = stored.new_empty(ctx.stored_shape)
+        given = [tensor.data_ptr() for tensor in (places, stored, dx)]
+        _kernels().fm_peak_backward(height * width, channels * lanes, *given)
+        return _shown(dx, slope.shape[0])
+
+
+def largest(inputs: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C 1 1"]:
+    """The largest pixel of each channel: ``torch.nn.functional.adaptive_max_pool2d`` to one pixel."""
+    if not takes(inputs):
+        return functional.adaptive_max_pool2d(inputs, 1)
+    y: Tensor = _Peak.apply(inputs)  # type: ignore[no-untyped-call]
     return y

@@ -10,6 +10,9 @@
  *
  * No function keeps state but scratch memory of its own thread.
  */
+#if defined(__GLIBC__) || defined(__linux__)
+#include <malloc.h>
+#endif
 #include <math.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -59,42 +62,78 @@ typedef struct {
 
 /* --- scratch ------------------------------------------------------------------------------------------------------ */
 
-static __thread char *arena, *aligned_arena;
-static __thread size_t arena_size;
+typedef struct {
+    char *block;
+    size_t size;
+} Arena;
+static __thread Arena for_steps, for_slopes;
 
-/* One block of at least `floats` floats, aligned to 64 bytes; NULL if there is no memory. */
-static float *scratch(size_t floats) {
+/* At least `floats` floats, aligned to 64 bytes, until the next call for the same arena; NULL if there is no memory. */
+static float *scratch(Arena *arena, size_t floats) {
     size_t bytes = floats * sizeof(float) + 64;
-    if (bytes > arena_size) {
-        free(arena);
-        arena = malloc(bytes);
-        arena_size = arena ? bytes : 0;
-        aligned_arena = arena ? arena + (64 - (uintptr_t)arena % 64) % 64 : NULL;
+    if (bytes > arena->size) {
+        free(arena->block);
+        arena->block = malloc(bytes);
+        arena->size = arena->block ? bytes : 0;
     }
-    return (float *)aligned_arena;
+    return arena->block ? (float *)(arena->block + (64 - (uintptr_t)arena->block % 64) % 64) : NULL;
+}
+
+/* Freed blocks stay with the process: the C library else returns large ones to the system and fetches them again, which
+ * costs a tenth of a training step. */
+void fm_keep_memory(void) {
+#if defined(__GLIBC__)
+    mallopt(M_MMAP_THRESHOLD, 32 << 20);
+    mallopt(M_TRIM_THRESHOLD, 256 << 20);
+#endif
 }
 
 /* --- transposition ------------------------------------------------------------------------------------------------ */
 
-/* to [columns][to_step] = from [rows][from_step] transposed; rows beyond `rows` up to `padded` become zero. */
+#if VL == 16
+#define LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#elif VL == 8
+#define LOW 0, 8, 1, 9, 2, 10, 3, 11
+#define HIGH 4, 12, 5, 13, 6, 14, 7, 15
+#else
+#define LOW 0, 4, 1, 5
+#define HIGH 2, 6, 3, 7
+#endif
+#if defined(__clang__)
+#define SHUFFLED(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLED(a, b, ...) __builtin_shuffle(a, b, (mask){__VA_ARGS__})
+#endif
+
+/* VL x VL in registers: interleaving the two halves log2(VL) times transposes. */
+INLINE void transpose_block(const float *from, ptrdiff_t from_step, int64_t rows, float *to, ptrdiff_t to_step) {
+    vec now[VL], next[VL];
+    UNROLL for (int i = 0; i < VL; i++) now[i] = i < rows ? load(from + i * from_step) : zero();
+    UNROLL for (int left = VL; left > 1; left /= 2) {
+        UNROLL for (int i = 0; i < VL / 2; i++) {
+            next[2 * i] = SHUFFLED(now[i], now[i + VL / 2], LOW);
+            next[2 * i + 1] = SHUFFLED(now[i], now[i + VL / 2], HIGH);
+        }
+        UNROLL for (int i = 0; i < VL; i++) now[i] = next[i];
+    }
+    UNROLL for (int i = 0; i < VL; i++) store(to + i * to_step, now[i]);
+}
+
+/* to [columns][to_step] = from [rows][from_step] transposed; rows from `rows` up to `padded` become zero. */
 static void transpose(const float *from, ptrdiff_t from_step, int64_t rows, int64_t columns, float *to,
                       ptrdiff_t to_step, int64_t padded) {
-    for (int64_t c = 0; c < columns; c += VL) {
-        int64_t width = columns - c < VL ? columns - c : VL;
-        for (int64_t r = 0; r < padded; r += 4) {
-            if (width == VL && r + 4 <= rows && to_step >= r + 4) {
-                const float *a = from + r * from_step + c, *b = a + from_step, *d = b + from_step, *e = d + from_step;
-                for (int i = 0; i < VL; i++) {
-                    float *row = to + (c + i) * to_step + r;
-                    row[0] = a[i], row[1] = b[i], row[2] = d[i], row[3] = e[i];
-                }
-            } else {
-                for (int64_t i = 0; i < width; i++)
-                    for (int64_t j = r; j < r + 4 && j < padded; j++)
-                        to[(c + i) * to_step + j] = j < rows ? from[j * from_step + c + i] : 0;
+    for (int64_t r = 0; r < padded; r += VL)
+        for (int64_t c = 0; c < columns; c += VL) {
+            const float *block = from + r * from_step + c;
+            if (columns - c >= VL && padded - r >= VL) {
+                transpose_block(block, from_step, rows - r, to + c * to_step + r, to_step);
+                continue;
             }
+            for (int64_t i = 0; i < VL && c + i < columns; i++)
+                for (int64_t j = 0; j < VL && r + j < padded; j++)
+                    to[(c + i) * to_step + r + j] = r + j < rows ? block[j * from_step + i] : 0;
         }
-    }
 }
 
 /* Any [batch, channels, height, width] tensor with steps in floats into lanes; lanes beyond the batch become zero. */
@@ -438,7 +477,7 @@ static int convolve(const Shape *s, int backward, const float *in, const float *
     int64_t places = m ? (m + 2) * (m + 2) : kernel, packed_size = places * ROUNDED(outer, NB) * terms;
     int64_t meetings = 2 * (s->kernel_height + out_width * (s->kernel_width + 1)) * sizeof(int64_t) / sizeof(float);
     int64_t work_size = m ? winograd_work(m, lanes, terms, outer, out_height, out_width) : meetings;
-    float *packed = scratch(ROUNDED(packed_size, 16) + terms * lanes + work_size);
+    float *packed = scratch(&for_steps, ROUNDED(packed_size, 16) + terms * lanes + work_size);
     if (!packed) return 1;
     float *nothing = packed + ROUNDED(packed_size, 16), *work = nothing + terms * lanes;
     memset(nothing, 0, terms * lanes * sizeof(float));
@@ -467,23 +506,15 @@ static int convolve(const Shape *s, int backward, const float *in, const float *
 
 int64_t fm_lanes(void) { return VL; }
 
-int fm_conv_forward(const Shape *s, const float *x, const float *weights, float *y) {
-    return convolve(s, 0, x, weights, y);
-}
-
-int fm_conv_backward_data(const Shape *s, const float *dy, const float *weights, float *dx) {
-    return convolve(s, 1, dy, weights, dx);
-}
-
-void fm_add_bias(int64_t pixels, int64_t channels, int64_t lanes, const float *bias, float *y) {
+static void add_bias(int64_t pixels, int64_t channels, int64_t lanes, const float *bias, float *y) {
     for (int64_t p = 0; p < pixels; p++)
         for (int64_t c = 0; c < channels; c++, y += lanes)
             for (int64_t v = 0; v < lanes; v += VL) store(y + v, load(y + v) + bias[c]);
 }
 
 /* slope [channels] = sum of dy over pixels and examples. */
-int fm_bias_slope(int64_t pixels, int64_t channels, int64_t lanes, const float *dy, float *slope) {
-    float *sums = scratch(channels * VL);
+static int bias_slope_of(int64_t pixels, int64_t channels, int64_t lanes, const float *dy, float *slope) {
+    float *sums = scratch(&for_steps, channels * VL);
     if (!sums) return 1;
     memset(sums, 0, channels * VL * sizeof(float));
     for (int64_t p = 0; p < pixels; p++)
@@ -583,6 +614,74 @@ static void weights_direct(const Shape *s, const float *x, const float *dy, int6
     }
 }
 
+#define FEW 8 /* input channels below which lanes stay examples */
+#define NT 3 /* columns of the filter that one call takes */
+
+/* Few input channels, as in a first layer: lanes stay examples, which are summed at the very end.
+ * sums [kernel_height][inner][kernel_width / NT][outer / NB][NT][NB] of vectors. */
+static void weights_of_few(const Shape *s, const float *x, const float *dy, const float *nothing, float *sums) {
+    int64_t lanes = s->lanes, in_pixel = s->groups * s->inner * lanes, out_pixel = s->groups * s->outer * lanes;
+    for (int64_t row = 0; row < s->out_height; row++) {
+        float *to = sums;
+        for (int64_t h = 0; h < s->kernel_height; h++) {
+            int64_t y = row * s->stride_height + h - s->pad_height;
+            int inside = y >= 0 && y < s->height;
+            for (int64_t k = 0; k < s->inner; k++)
+                for (int64_t tap = 0; tap < s->kernel_width; tap += NT)
+                    for (int64_t n = 0; n < s->outer; n += NB, to += NT * NB * VL) {
+                        if (!inside) continue;
+                        const float *in = x + y * s->width * in_pixel + k * lanes;
+                        const float *slope = dy + row * s->out_width * out_pixel + n * lanes;
+                        int64_t steps[NB];
+                        for (int64_t j = 0; j < NB; j++) steps[j] = n + j < s->outer ? j * lanes : 0;
+                        vec sum[NT][NB];
+                        UNROLL for (int t = 0; t < NT; t++)
+                            UNROLL for (int j = 0; j < NB; j++) sum[t][j] = load(to + (t * NB + j) * VL);
+                        for (int64_t w = 0; w < s->out_width; w++, slope += out_pixel) {
+                            const float *from[NT];
+                            for (int t = 0; t < NT; t++) {
+                                int64_t at = w * s->stride_width + tap + t - s->pad_width;
+                                from[t] = at >= 0 && at < s->width ? in + at * in_pixel : nothing;
+                            }
+                            for (int64_t v = 0; v < lanes; v += VL)
+                                UNROLL for (int j = 0; j < NB; j++) {
+                                    vec own = load(slope + steps[j] + v);
+                                    UNROLL for (int t = 0; t < NT; t++) sum[t][j] += load(from[t] + v) * own;
+                                }
+                        }
+                        UNROLL for (int t = 0; t < NT; t++)
+                            UNROLL for (int j = 0; j < NB; j++) store(to + (t * NB + j) * VL, sum[t][j]);
+                    }
+        }
+    }
+}
+
+static void write_slope_of_few(const Shape *s, const float *sums, float *slope) {
+    for (int64_t h = 0; h < s->kernel_height; h++)
+        for (int64_t k = 0; k < s->inner; k++)
+            for (int64_t tap = 0; tap < s->kernel_width; tap += NT)
+                for (int64_t n = 0; n < s->outer; n += NB)
+                    for (int64_t i = 0; i < NT * NB; i++, sums += VL) {
+                        int64_t w = tap + i / NB, o = n + i % NB;
+                        if (w < s->kernel_width && o < s->outer)
+                            slope[o * s->step_outer + k * s->step_inner + h * s->step_height + w * s->step_width] =
+                                total(load(sums));
+                    }
+}
+
+static int backward_weights_of_few(const Shape *s, const float *x, const float *dy, float *slope) {
+    int64_t across = ROUNDED(s->kernel_width, NT) * ROUNDED(s->outer, NB) * VL;
+    int64_t size = s->kernel_height * s->inner * across;
+    float *sums = scratch(&for_steps, size + s->lanes), *nothing = sums + size;
+    if (!sums) return 1;
+    for (int64_t g = 0; g < s->groups; g++) {
+        memset(sums, 0, (size + s->lanes) * sizeof(float));
+        weights_of_few(s, x + g * s->inner * s->lanes, dy + g * s->outer * s->lanes, nothing, sums);
+        write_slope_of_few(s, sums, slope + g * s->outer * s->step_outer);
+    }
+    return 0;
+}
+
 /* A dY A' of one tile: pixels [m x m][size] to places [step], each [size]. */
 INLINE void transform_slopes(int m, const float *from, int64_t size, float *to, int64_t step) {
     const int t = m + 2;
@@ -659,7 +758,8 @@ INLINE void write_slope(int m, const Shape *s, const float *sums, int64_t wide, 
         }
 }
 
-int fm_conv_backward_weights(const Shape *s, const float *x, const float *dy, float *slope) {
+static int conv_backward_weights(const Shape *s, const float *x, const float *dy, float *slope) {
+    if (s->inner < FEW) return backward_weights_of_few(s, x, dy, slope);
     int64_t lanes = s->lanes, wide = ROUNDED(s->outer, VL), m = s->tile;
     int64_t places = m ? (m + 2) * (m + 2) : s->kernel_height * s->kernel_width;
     int64_t row = s->out_width * lanes * wide, strip = (32 << 10) / row, work_size;
@@ -670,7 +770,7 @@ int fm_conv_backward_weights(const Shape *s, const float *x, const float *dy, fl
         work_size = places * (run * (s->inner + wide) * lanes + 2 * VL) + m * m * lanes * wide;
     } else work_size = strip * row;
     int64_t sums_size = places * s->inner * wide, nothing_size = s->inner * lanes;
-    float *sums = scratch(sums_size + nothing_size + work_size);
+    float *sums = scratch(&for_steps, sums_size + nothing_size + work_size);
     if (!sums) return 1;
     float *nothing = sums + sums_size, *work = nothing + nothing_size;
     for (int64_t g = 0; g < s->groups; g++) {
@@ -732,11 +832,11 @@ INLINE vec rectified(vec z) { return pick(z <= 0, zero(), z); }
 INLINE mask beats(vec z, vec best) { return ~(z <= best) & (best == best); }
 
 /* out [height / pool][width / pool][channels][lanes] */
-int fm_norm_forward(const Norm *s, double eps, const float *y, const float *gain, const float *bias, float *mean,
+static int normalised(const Norm *s, double eps, const float *y, const float *gain, const float *bias, float *mean,
                     float *rate, float *out) {
     int64_t lanes = s->lanes, members = s->channels / s->sets, pixel = s->channels * lanes, row = s->width * pixel;
     int64_t rows = 2 * s->sets * lanes;
-    float *scales = scratch(2 * pixel + rows), *shifts = scales + pixel;
+    float *scales = scratch(&for_steps, 2 * pixel + rows), *shifts = scales + pixel;
     if (!scales) return 1;
     statistics(s, y, eps, mean, rate, shifts + pixel);
     for (int64_t c = 0; c < s->channels; c++)
@@ -864,9 +964,9 @@ INLINE void norm_backward(const Norm *s, int pool, int relu, const float *y, con
         }
 }
 
-int fm_norm_backward(const Norm *s, const float *y, const float *gain, const float *bias, const float *mean,
+static int normalised_backward(const Norm *s, const float *y, const float *gain, const float *bias, const float *mean,
                      const float *rate, const float *dout, float *dy, float *gain_slope, float *bias_slope) {
-    float *work = scratch(8 * s->channels * s->lanes);
+    float *work = scratch(&for_steps, 8 * s->channels * s->lanes);
     if (!work) return 1;
 #define BACKWARD(pool, relu) \
     norm_backward(s, pool, relu, y, gain, bias, mean, rate, dout, dy, gain_slope, bias_slope, work)
@@ -875,4 +975,55 @@ int fm_norm_backward(const Norm *s, const float *y, const float *gain, const flo
     else if (s->relu) BACKWARD(1, 1);
     else BACKWARD(1, 0);
     return 0;
+}
+
+/* --- a convolution and what follows it ---------------------------------------------------------------------------- */
+
+/* y = x * weights + bias; with a norm also out, and mean and rate [sets][lanes]. Returns 1 if memory is short. */
+int fm_stage_forward(const Shape *s, const Norm *norm, double eps, const float *x, const float *weights,
+                     const float *bias, const float *gain, const float *shift, float *y, float *mean, float *rate,
+                     float *out) {
+    if (convolve(s, 0, x, weights, y)) return 1;
+    if (bias) add_bias(s->out_height * s->out_width, s->groups * s->outer, s->lanes, bias, y);
+    return norm ? normalised(norm, eps, y, gain, shift, mean, rate, out) : 0;
+}
+
+/* Slopes from dout, on whatever is not NULL; without a norm dout is dy. Returns 1 if memory is short. */
+int fm_stage_backward(const Shape *s, const Norm *norm, const float *x, const float *weights, const float *gain,
+                      const float *shift, const float *y, const float *mean, const float *rate, const float *dout,
+                      float *dx, float *dweights, float *dbias, float *dgain, float *dshift) {
+    int64_t pixels = s->out_height * s->out_width, channels = s->groups * s->outer;
+    const float *dy = dout;
+    if (norm) {
+        float *inside = scratch(&for_slopes, pixels * channels * s->lanes);
+        if (!inside || normalised_backward(norm, y, gain, shift, mean, rate, dout, inside, dgain, dshift)) return 1;
+        dy = inside;
+    }
+    if (dbias && bias_slope_of(pixels, channels, s->lanes, dy, dbias)) return 1;
+    if (dweights && conv_backward_weights(s, x, dy, dweights)) return 1;
+    return dx ? convolve(s, 1, dy, weights, dx) : 0;
+}
+
+/* The maximum over all pixels, [size] of [pixels][size], and where it was first. NaN wins, as in torch. */
+void fm_peak_forward(int64_t pixels, int64_t size, const float *x, float *peak, int32_t *place) {
+    for (int64_t i = 0; i < size; i += VL) {
+        vec best = load(x + i);
+        mask at = {0};
+        for (int64_t p = 1; p < pixels; p++) {
+            vec value = load(x + p * size + i);
+            mask won = beats(value, best);
+            best = pick(won, value, best), at = (at & ~won) | (won & (int32_t)p);
+        }
+        store(peak + i, best);
+        memcpy(place + i, &at, sizeof at);
+    }
+}
+
+void fm_peak_backward(int64_t pixels, int64_t size, const int32_t *place, const float *slope, float *dx) {
+    for (int32_t p = 0; p < pixels; p++)
+        for (int64_t i = 0; i < size; i += VL) {
+            mask at;
+            memcpy(&at, place + i, sizeof at);
+            store(dx + p * size + i, pick(at == p, load(slope + i), zero()));
+        }
 }

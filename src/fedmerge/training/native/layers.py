@@ -8,7 +8,7 @@ from typing import cast
 from torch import Tensor, nn
 
 from fedmerge.core.vector import twin
-from fedmerge.training.native.functions import Stage, available, conv2d, staged, takes
+from fedmerge.training.native.functions import Stage, available, conv2d, largest, staged, takes
 
 
 class Convolution(nn.Module):
@@ -26,6 +26,14 @@ class Convolution(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The convolution of images [B, C, H, W]."""
         return conv2d(x, self.weight, self.bias, self._padding, self._groups, self._stride)
+
+
+class Largest(nn.Module):
+    """The largest pixel of each channel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] to [B, C, 1, 1]."""
+        return largest(x)
 
 
 class Staged(nn.Module):
@@ -72,6 +80,8 @@ def _swapped(module: nn.Module) -> nn.Module:
         return swapped.train(module.training)
     if isinstance(module, nn.Conv2d):
         return Convolution(module).train(module.training) if is_plain(module) else module
+    if _is_largest(module):
+        return Largest()
     for name, child in module.named_children():
         setattr(module, name, _swapped(child))
     return module
@@ -147,6 +157,12 @@ def _halves(module: nn.Module) -> bool:
     sizes = (module.kernel_size, module.stride, module.padding, module.dilation)
     plain = [size if isinstance(size, tuple) else (size, size) for size in sizes]
     return plain == [(2, 2), (2, 2), (0, 0), (1, 1)] and not module.ceil_mode and not module.return_indices
+
+
+def _is_largest(module: nn.Module) -> bool:
+    if type(module) is not nn.AdaptiveMaxPool2d or _is_watched(module):
+        return False
+    return module.output_size in {1, (1, 1)} and not module.return_indices
 
 
 def _padding(module: nn.Conv2d) -> tuple[int, int]:
