@@ -1,7 +1,7 @@
 r"""Seconds of a round of this package against other simulators and a plain loop, on one core, interleaved.
 
 Run from the repository's root on an otherwise idle machine; every rival needs a Python of its own choice that has
-torch of one version, this package (for networks and data only) and the rival::
+torch of one version, what this package needs (networks and data are its own, from this tree) and the rival::
 
     python -m venv flower && flower/bin/pip install torch==2.13.0 "flwr[simulation]==1.42.0" -e .
     python -m venv pfl && pfl/bin/pip install torch==2.13.0 pfl==0.6.0 -e .
@@ -157,7 +157,7 @@ def started(name: str, workload: Workload, asked: argparse.Namespace, log: Path)
     command = [python, str(HERE / "peers" / SCRIPTS[kind]), "--workload", workload.name, "--clients", str(played)]
     command += ["--variant", variant, "--checkout", asked.checkouts.get(kind, "")]
     threads = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "MKL", "OPENBLAS")}
-    paths = {"PYTHONPATH": os.pathsep.join([str(HERE), str(HERE / "peers")])}
+    paths = {"PYTHONPATH": os.pathsep.join(map(str, (HERE, HERE / "peers", HERE.parents[1] / "src")))}
     with log.open("a") as errors:
         process = subprocess.Popen(
             command,
