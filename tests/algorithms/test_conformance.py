@@ -15,7 +15,7 @@ from fedmerge.core.options import option_fields
 from fedmerge.core.protocol import Algorithm, Federation, deliver, stack, state_tensors, take, tree_bytes, with_tensors
 from fedmerge.core.vector import layout_of
 from fedmerge.data.federated import Examples
-from fedmerge.runtime import Fleet, Sequential, Vectorised, personal_models, run_round, score
+from fedmerge.runtime import Fleet, Folded, Sequential, Vectorised, personal_models, run_round, score
 from fedmerge.training import Descent, LocalTraining, draw_batches, one_pass
 from small_federation import small
 
@@ -172,19 +172,21 @@ def test_options_are_a_frozen_dataclass(algorithm):
         algorithm.anything = 1
 
 
-def test_vectorised_equals_sequential(algorithm):
-    (state, fleet), (mapped, mapped_fleet) = play(algorithm), play(algorithm, Vectorised)
+@pytest.mark.parametrize("kind", [Vectorised, Folded])
+def test_many_at_once_equal_one_by_one(algorithm, kind):
+    (state, fleet), (mapped, mapped_fleet) = play(algorithm), play(algorithm, kind)
     same(state, mapped, **CLOSE)
     ours = personal_models(algorithm, state, fleet, passes(), engine())
-    theirs = personal_models(algorithm, mapped, mapped_fleet, passes(), engine(Vectorised))
+    theirs = personal_models(algorithm, mapped, mapped_fleet, passes(), engine(kind))
     same_models(ours, theirs, **CLOSE)
 
 
-def test_vectorised_equals_sequential_on_a_perceptron(algorithm):
-    """Its gradient has a closed form of its own in the vectorised engine."""
+@pytest.mark.parametrize("kind", [Vectorised, Folded])
+def test_many_at_once_equal_one_by_one_on_a_perceptron(algorithm, kind):
+    """Its gradient has a closed form of its own where many clients run at once."""
     if isinstance(algorithm, Keeping):
         algorithm = keeping(algorithm.method, small().layout, ("head",))
-    (state, fleet), (mapped, mapped_fleet) = (small().play(algorithm, 4, kind) for kind in (Sequential, Vectorised))
+    (state, fleet), (mapped, mapped_fleet) = (small().play(algorithm, 4, one) for one in (Sequential, kind))
     same(state, mapped, **CLOSE)
     for ours, theirs in zip(tree_leaves(list(fleet.private)), tree_leaves(list(mapped_fleet.private)), strict=True):
         torch.testing.assert_close(ours, theirs, **CLOSE)

@@ -10,7 +10,7 @@ from fedmerge.algorithms.ifca import Ifca
 from fedmerge.algorithms.local import Local
 from fedmerge.core.protocol import state_tensors
 from fedmerge.models.cnn import Cnn
-from fedmerge.runtime import Sequential, Vectorised, finetuned, personal_models, run_round, score
+from fedmerge.runtime import Folded, Sequential, Vectorised, finetuned, personal_models, run_round, score
 from fedmerge.training import Descent, LocalTraining, ModuleTask, one_pass
 from small_federation import SmallFederation, images, tables
 
@@ -42,17 +42,18 @@ def models_after(federation, algorithm, policy, kind=Sequential, rounds=3):
     return state, fleet, personal_models(algorithm, state, fleet, passes(federation), federation.engine(kind))
 
 
+@pytest.mark.parametrize("kind", [Vectorised, Folded])
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("algorithm", METHODS, ids=lambda method: type(method).__name__)
-def test_both_engines_give_the_same_numbers(algorithm, policy):
+def test_all_engines_give_the_same_numbers(algorithm, policy, kind):
     state, fleet, models = models_after(CNN, algorithm, policy)
-    mapped, mapped_fleet, mapped_models = models_after(CNN, algorithm, policy, Vectorised)
+    mapped, mapped_fleet, mapped_models = models_after(CNN, algorithm, policy, kind)
     ours, theirs = state_tensors(state), state_tensors(mapped)
     for name in ours:
         torch.testing.assert_close(ours[name], theirs[name], **CLOSE)
     torch.testing.assert_close(torch.stack(fleet.buffers), torch.stack(mapped_fleet.buffers), **CLOSE)
     torch.testing.assert_close(torch.stack(models), torch.stack(mapped_models), **CLOSE)
-    one, other = (score(models, passes(CNN), CNN.engine(kind)) for kind in (Sequential, Vectorised))
+    one, other = (score(models, passes(CNN), CNN.engine(one)) for one in (Sequential, kind))
     for ours_tally, theirs_tally in zip(one, other, strict=True):
         torch.testing.assert_close(torch.stack(ours_tally), torch.stack(theirs_tally), **CLOSE)
 
@@ -108,7 +109,7 @@ def test_under_local_a_method_that_compares_losses_uses_the_clients_own_buffers(
     models = TABLE.draw(0).repeat(2, 1)
     models[0, T:] += 5.0  # worse for everyone if it were used
     state = type(state)(type(state.averages)(models, state.averages.velocity), state.chosen)
-    for kind in (Sequential, Vectorised):
+    for kind in (Sequential, Vectorised, Folded):
         steps = TABLE.batches([0, 1, 2, 3], 1)
         result = run_round(algorithm, state, fleet, torch.arange(4), steps, TABLE.counts, TABLE.engine(kind))
         assert result.state.chosen.tolist() == [0, 0, 0, 0]
@@ -175,7 +176,7 @@ def test_server_momentum_leaves_every_variance_positive(algorithm):
 def test_fine_tuning_is_plain_local_training():
     task = ModuleTask(TABLE.network(), TABLE.layout, TABLE.descent)
     steps, start = TABLE.batches([0, 1], 1), TABLE.draw(0)
-    for kind in (Sequential, Vectorised):
+    for kind in (Sequential, Vectorised, Folded):
         tuned = finetuned([start, 2 * start], steps, TABLE.engine(kind))
         torch.testing.assert_close(tuned[0], task.train(start, steps[0]), **CLOSE)
         torch.testing.assert_close(tuned[1], task.train(2 * start, steps[1]), **CLOSE)

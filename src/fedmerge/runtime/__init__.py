@@ -1,6 +1,6 @@
 """How a round is executed: one client after another, or many at once. Same numbers from each."""
 
-from fedmerge.runtime.engines import Engine, Sequential, Vectorised
+from fedmerge.runtime.engines import Engine, Folded, Sequential, Vectorised
 from fedmerge.runtime.rounds import (
     BufferPolicy,
     Fleet,
@@ -17,6 +17,7 @@ __all__ = [
     "BufferPolicy",
     "Engine",
     "Fleet",
+    "Folded",
     "Meeting",
     "RoundResult",
     "Sequential",

@@ -18,7 +18,9 @@ from torch.nn.utils.rnn import pad_sequence
 from fedmerge.core.errors import UsageError
 from fedmerge.core.protocol import Batch, Batches, stack, take
 from fedmerge.core.vector import Layout
-from fedmerge.training.batches import Planned, step_sizes
+from fedmerge.training.batches import Planned, drawn_together, step_sizes
+from fedmerge.training.folded.fold import why_not
+from fedmerge.training.folded.task import FoldedTask
 from fedmerge.training.objective import CLASSES, Objective
 from fedmerge.training.private import ExampleGradients, protected_task, refuse_protected
 from fedmerge.training.sgd import Descent
@@ -106,6 +108,9 @@ class Vectorised:
         UsageError: for a network with dropout, whose draws would differ from the sequential ones.
     """
 
+    name = "vectorised"
+    task: Callable[..., FunctionalTask] = FunctionalTask
+
     def __init__(
         self,
         module: nn.Module,
@@ -115,42 +120,42 @@ class Vectorised:
         objective: Objective = CLASSES,
         most: int | None = None,
     ) -> None:
-        if has_dropout(module):
-            raise UsageError(
-                "runtime 'vectorised' cannot reproduce dropout (every client would draw another mask than alone); "
-                "use runtime 'sequential'"
-            )
-        self._task = FunctionalTask(module, layout, descent, objective=objective)
+        self._refuse(module, layout)
+        self._task = type(self).task(module, layout, descent, objective=objective)
         self._paddable, self._twin = not is_batch_coupled(module), self._task
         if not self._paddable:
-            self._twin = FunctionalTask(measuring_twin(module), layout, descent, objective=objective)
+            self._twin = type(self).task(measuring_twin(module), layout, descent, objective=objective)
         self._most = most or max(16, min(64, _CHUNK_NUMBERS // layout.num_params))
+
+    def _refuse(self, module: nn.Module, layout: Layout) -> None:
+        """Raises UsageError for a network that cannot run here."""
+        del layout
+        if has_dropout(module):
+            raise UsageError(
+                f"runtime {self.name!r} cannot reproduce dropout (every client would draw another mask than alone); "
+                "use runtime 'sequential'"
+            )
 
     def map(self, function: ClientFunction, clients: Sequence[tuple[Any, ...]]) -> list[Any]:
         """Maps `function` over chunks of clients."""
+        return self._mapped(self._task, function, clients)
+
+    def _mapped(self, task: FunctionalTask, function: ClientFunction, clients: Sequence[tuple[Any, ...]]) -> list[Any]:
         results: list[Any] = [None] * len(clients)
-        for chunk in self._chunks(clients):
-            drawn = [_with_drawn(clients[i]) for i in chunk]
-            refuse_protected(drawn)
-            stacked = _stacked(drawn)
-            outputs = vmap(lambda arguments: function(self._task, *arguments))(stacked)
+        for chunk in self.chunks(clients):
+            stacked = _stacked([clients[i] for i in chunk])
+            outputs = vmap(lambda arguments: function(task, *arguments))(stacked)
             for place, i in enumerate(chunk):
                 results[i] = take(outputs, place)
         return results
 
     def measured_buffers(self, clients: Sequence[tuple[Tensor, Batches]]) -> list[Tensor]:
         """Statistics of each client's own batches."""
-        return self._with_twin().map(
-            lambda task, params, batches: measured_buffers(task.gradient, params, batches), clients
+        return self._mapped(
+            self._twin, lambda task, params, batches: measured_buffers(task.gradient, params, batches), clients
         )
 
-    def _with_twin(self) -> Vectorised:
-        other = object.__new__(Vectorised)
-        other._task, other._twin = self._twin, self._twin
-        other._paddable, other._most = self._paddable, self._most
-        return other
-
-    def _chunks(self, clients: Sequence[tuple[Any, ...]]) -> Iterator[list[int]]:
+    def chunks(self, clients: Sequence[tuple[Any, ...]]) -> Iterator[list[int]]:
         """Client indices that run together: alike in number of examples, `most` at a time."""
         sizes = [tuple(_sizes(arguments)) for arguments in clients]
         order = sorted(range(len(clients)), key=lambda i: (sum(sizes[i]), sizes[i], i))
@@ -172,6 +177,32 @@ class Vectorised:
         return sum(size) <= 2 * sum(smallest) + 32 if self._paddable else size == smallest
 
 
+class Folded(Vectorised):
+    """Many clients at once in one network whose layers do the work of all of them (see `training.folded`).
+
+    Args:
+        module: The network; without dropout, and with all its travelling tensors in layers that can be folded.
+        layout: Of the module.
+        descent: The local optimiser.
+        objective: What outputs are held against.
+        most: Clients in one chunk at most; as for `Vectorised` by default.
+
+    Raises:
+        UsageError: for a network that cannot be folded, with the reason.
+    """
+
+    name = "folded"
+    task = FoldedTask
+
+    def _refuse(self, module: nn.Module, layout: Layout) -> None:
+        super()._refuse(module, layout)
+        reason = why_not(module, layout)
+        if reason is not None:
+            raise UsageError(
+                f"runtime 'folded' cannot run {type(module).__name__}: {reason}; use runtime 'auto' or 'sequential'"
+            )
+
+
 def _are_batches(argument: Any) -> bool:
     return isinstance(argument, tuple) and len(argument) > 0 and isinstance(argument[0], Batch)
 
@@ -188,9 +219,16 @@ def _sizes(arguments: tuple[Any, ...]) -> Iterator[int]:
 
 
 def _stacked(clients: Sequence[tuple[Any, ...]]) -> tuple[Any, ...]:
-    """The arguments with a leading client axis; batches are padded to one shape."""
-    columns = zip(*clients, strict=True)
-    return tuple(_padded(column) if _are_batches(column[0]) else stack(column) for column in columns)
+    """The arguments with a leading client axis; steps are drawn, and padded to one shape."""
+    refuse_protected(clients)
+    return tuple(_column(column) for column in zip(*clients, strict=True))
+
+
+def _column(column: Sequence[Any]) -> Any:
+    """One argument of all clients."""
+    if isinstance(column[0], Planned):
+        return drawn_together(column)
+    return _padded(column) if _are_batches(column[0]) else stack(column)
 
 
 def _padded(column: Sequence[Batches]) -> Batches:

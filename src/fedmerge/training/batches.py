@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise, zip_longest
 from typing import Literal
 
 import numpy as np
 import torch
+from jaxtyping import Int
 from numpy.typing import NDArray
+from torch import Tensor
 
 from fedmerge.core.errors import UsageError
 from fedmerge.core.options import check_options, option
@@ -166,6 +170,10 @@ class Planned:
     round_number: int
     client: int
 
+    def rng(self) -> np.random.Generator:
+        """Decides the order of the examples."""
+        return generator(self.seed, "batches", self.round_number, self.client)
+
     def drawn(self) -> Batches:
         """The steps, see `draw_batches`."""
         return draw_batches(
@@ -181,13 +189,55 @@ class Planned:
         """Examples of each step."""
         n, training = len(self.examples.targets), self.training
         if training.dp_clip is not None:
-            rng = generator(self.seed, "batches", self.round_number, self.client)
-            return [len(step) for step in _sampled(n, training, rng)]
+            return [len(step) for step in _sampled(n, training, self.rng())]
         whole, left = divmod(n, training.batch_size)
         epoch = [training.batch_size] * whole + [left] * bool(left)
         if training.steps is None:
             return epoch * training.epochs
         return (epoch * math.ceil(training.steps / len(epoch)))[: training.steps]
+
+
+def drawn_together(plans: Sequence[Planned]) -> Batches:
+    """The steps of several clients with a leading client axis, in one copy of their examples.
+
+    A client with fewer examples in a step than others gets some more, of weight 0, and one with fewer steps some of
+    rate 0. The clients' examples have one shape.
+
+    Args:
+        plans: Of plain training, at least one.
+    """
+    orders = [_order(len(plan.examples.targets), plan.training, plan.rng()) for plan in plans]
+    none = np.zeros(0, dtype=np.int64)
+    widths = [max(len(step) for step in steps) for steps in zip_longest(*orders, fillvalue=none)]
+    places = np.zeros((len(plans), sum(widths)), dtype=np.int64)
+    weights = np.zeros(places.shape)
+    rates = np.zeros((len(widths), len(plans)))
+    starts = np.cumsum([0, *widths])
+    for k, (plan, order) in enumerate(zip(plans, orders, strict=True)):
+        for s, (start, step) in enumerate(zip(starts, order, strict=False)):
+            places[k, start : start + len(step)] = step
+            weights[k, start : start + len(step)] = 1 / len(step)
+            rates[s, k] = plan.lr
+    first = plans[0].examples.inputs
+    dtype = first.dtype if first.is_floating_point() else torch.get_default_dtype()
+    where = torch.from_numpy(places).to(first.device)
+    inputs = _gathered([plan.examples.inputs for plan in plans], where)
+    targets = _gathered([plan.examples.targets for plan in plans], where)
+    weight, rate = (torch.from_numpy(values).to(first.device, dtype) for values in (weights, rates))
+    return tuple(
+        Batch(inputs[:, a:b], targets[:, a:b], weight[:, a:b], rate[s])
+        for s, (a, b) in enumerate(pairwise(starts.tolist()))
+    )
+
+
+def _gathered(rows: Sequence[Tensor], where: Int[Tensor, "K n"]) -> Tensor:
+    """rows[k][where[k]] for every client k, [K, n, ...]; images stay laid out with their channels last."""
+    if rows[0].dim() == 4:
+        return _gathered([images.permute(0, 2, 3, 1) for images in rows], where).permute(0, 1, 4, 2, 3)
+    found = rows[0].new_empty(*where.shape, *rows[0].shape[1:])
+    for k, own in enumerate(rows):
+        torch.index_select(own, 0, where[k], out=found[k])
+    return found
 
 
 def drawn(steps: Batches | Planned) -> Batches:

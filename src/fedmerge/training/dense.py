@@ -7,6 +7,7 @@ they are.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -108,3 +109,52 @@ def gradient(
             slope = slope @ tensors[link.weight]
             slope = torch.where(before > 0, slope, 0) if chain.links[number - 1].relu else slope
     return Slope(loss, layout.flatten(slopes), params[:0])
+
+
+def outputs(
+    chain: Chain, weights: Mapping[str, Tensor], inputs: Float[Tensor, "K B F"]
+) -> tuple[list[Tensor], Float[Tensor, "K B C"]]:
+    """What each layer of K perceptrons is given, and what the last one gives."""
+    given, values = [], inputs
+    for link in chain.links:
+        given.append(values)
+        weight = weights[link.weight].transpose(1, 2)
+        bias = None if link.bias is None else weights[link.bias][:, None]
+        values = torch.bmm(values, weight) if bias is None else torch.baddbmm(bias, values, weight)
+        values = values.relu_() if link.relu else values
+    return given, values
+
+
+def write_slopes(
+    chain: Chain,
+    weights: Mapping[str, Tensor],
+    into: Mapping[str, Tensor],
+    batch: Batch,
+    offset: Float[Tensor, "K B C"] | None = None,
+) -> Float[Tensor, "K B C"]:
+    """Writes the gradient of K perceptrons' weighted cross-entropies; `offset` is added to the outputs.
+
+    Args:
+        chain: The layers.
+        weights: By name, with a leading client axis.
+        into: Where the gradient goes, by name, of the same shapes.
+        batch: Of all clients, each tensor with a leading client axis.
+        offset: If there is one.
+
+    Returns:
+        The outputs, offset included.
+    """
+    given, values = outputs(chain, weights, batch.inputs.flatten(2))
+    values = values if offset is None else values + offset
+    slope = torch.softmax(values, dim=2)  # of the loss, on the outputs
+    slope.scatter_add_(2, batch.targets[:, :, None], -torch.ones_like(slope[:, :, :1]))
+    slope.mul_(batch.weight[:, :, None])
+    for number, link in reversed(list(enumerate(chain.links))):
+        before = given[number]
+        torch.bmm(slope.transpose(1, 2), before, out=into[link.weight])
+        if link.bias is not None:
+            torch.sum(slope, dim=1, out=into[link.bias])
+        if number:
+            slope = torch.bmm(slope, weights[link.weight])
+            slope = slope.mul_(before > 0) if chain.links[number - 1].relu else slope
+    return values

@@ -227,7 +227,13 @@ def protected_task(task: Any, gradients: Callable[[], ExampleGradients], argumen
     return task
 
 
+def _is_protected(argument: Any) -> bool:
+    """Whether an argument is protected steps, drawn or planned."""
+    training = getattr(argument, "training", None)
+    return isinstance(argument, PrivateBatches) or getattr(training, "dp_clip", None) is not None
+
+
 def refuse_protected(clients: Sequence[tuple[Any, ...]]) -> None:
     """Raises UsageError if the examples of any client are to be protected: for engines that cannot."""
-    if any(isinstance(argument, PrivateBatches) for arguments in clients for argument in arguments):
+    if any(_is_protected(argument) for arguments in clients for argument in arguments):
         raise UsageError(f"{_WHO}: runtime 'vectorised' has no gradients of single examples; use runtime 'sequential'")

@@ -89,6 +89,46 @@ class Descent:
         return params
 
 
+class Descending:
+    """`Descent` that moves a vector in place, one step at a time: the same arithmetic and bits without new vectors.
+
+    Args:
+        descent: The optimiser's constants.
+        trainable: [T] moved by every step.
+        pull: Adds ``pull · (θ − towards)`` to the gradient.
+        towards: [T] centre of the pull; where `trainable` stands now by default.
+    """
+
+    def __init__(
+        self, descent: Descent, trainable: Float[Tensor, " T"], *, pull: float = 0.0, towards: Tensor | None = None
+    ) -> None:
+        self._descent, self._trainable, self._pull = descent, trainable, pull
+        self._centre = (trainable.clone() if towards is None else towards) if pull else None
+        self._velocity: Tensor | None = None
+        self._moments: Moments | None = None
+
+    def step(self, slope: Float[Tensor, " T"], lr: Tensor) -> None:
+        """One step.
+
+        Args:
+            slope: Gradient; overwritten.
+            lr: [] or [T]; 0 changes nothing.
+        """
+        descent, trainable = self._descent, self._trainable
+        adaptive = descent.optimizer == "adamw"
+        if descent.weight_decay and not adaptive:
+            slope.add_(trainable, alpha=descent.weight_decay)
+        if self._centre is not None:
+            slope.add_(trainable - self._centre, alpha=self._pull)
+        if adaptive:
+            self._moments = _moved_moments(self._moments, slope, lr)
+            slope = torch.add(_adam_direction(self._moments), trainable, alpha=descent.weight_decay)
+        if descent.momentum:
+            held = torch.zeros_like(slope) if self._velocity is None else self._velocity
+            slope = self._velocity = torch.where(lr > 0, torch.add(slope, held, alpha=descent.momentum), held)
+        trainable.addcmul_(lr, slope, value=-1)
+
+
 def _moved_moments(before: Moments | None, slope: Tensor, lr: Tensor) -> Moments:
     """The moments after one more gradient; a step of rate 0 stands for none and leaves them as they are."""
     held = Moments(torch.zeros_like(slope), torch.zeros_like(slope), slope.new_zeros(())) if before is None else before

@@ -18,8 +18,9 @@ from torch.func import functional_call, grad
 from fedmerge.core.protocol import Alter, Batch, Batches, Slope
 from fedmerge.core.vector import Layout, twin
 from fedmerge.training import dense
+from fedmerge.training.folded.fold import DenseFold
 from fedmerge.training.objective import CLASSES, Criterion, Objective
-from fedmerge.training.sgd import Descent
+from fedmerge.training.sgd import Descending, Descent
 
 
 def is_batch_coupled(module: nn.Module) -> bool:
@@ -126,12 +127,18 @@ def _remember(seen: list[Tensor]) -> Callable[[Tensor], Tensor]:
     return change
 
 
+def _of_one(batches: Batches) -> Batches:
+    """The batches of one client with a client axis."""
+    return tuple(Batch(*(tensor[None] for tensor in batch)) for batch in batches)
+
+
 class ModuleTask:
     """One reused module on flat buffers: no tensor is copied beyond the vector itself.
 
     Args:
         module: Copied but for frozen parameters, which are shared; the caller's stays as it is.
-        layout: Of the module. Tensors of another dtype than the vector's are cast at every step.
+        layout: Of the module. Trainable tensors of another dtype than the vector's are cast at every step, buffers of
+            another (counters) once in a training.
         descent: The local optimiser.
         objective: What outputs are held against.
     """
@@ -145,26 +152,38 @@ class ModuleTask:
         wanted = {slot.name for slot in layout.slots}
         tensors = [*self._module.named_parameters(), *self._module.named_buffers()]
         self._own = {name: tensor for name, tensor in tensors if name in wanted}
-        if layout.has_uniform_dtype:
-            for name, view in layout.views(self._flat).items():
-                self._own[name].data = view
+        links = dense.chain_of(module, layout) if objective is CLASSES else None
+        self._dense = None if links is None else DenseFold(layout, 1, links)
+        odd = [slot for slot in layout.slots if slot.dtype != layout.dtype]
+        self._is_cast = any(slot.role != "buffer" for slot in odd)
+        self._odd = [slot for slot in odd if slot.role == "buffer"]
+        if not self._is_cast:
+            views = layout.views(self._flat)
+            for name in views.keys() - {slot.name for slot in odd}:
+                self._own[name].data = views[name]
+            for name, slope in self._slopes.items():
+                self._own[name].grad = slope
 
     def _load(self, params: Tensor, *, training: bool) -> None:
-        if self.layout.has_uniform_dtype:
-            self._flat.copy_(params)
-        else:
+        if self._is_cast:
             self.layout.write(params, self._module)
+        else:
+            self._flat.copy_(params)
+            if self._odd:
+                views = self.layout.views(self._flat)
+                for slot in self._odd:
+                    self._own[slot.name].copy_(views[slot.name])
         if self._module.training != training:
             self._module.train(training)
 
     def _zero_slope(self) -> None:
         self._slope.zero_()
-        uniform = self.layout.has_uniform_dtype
-        for name, slope in self._slopes.items():
-            self._own[name].grad = slope if uniform else None
+        if self._is_cast:
+            for name in self._slopes:
+                self._own[name].grad = None
 
     def _read_slope(self) -> Tensor:
-        if self.layout.has_uniform_dtype:
+        if not self._is_cast:
             return self._slope.clone()
         slopes = {name: self._own[name].grad for name in self._slopes}
         return self.layout.flatten(
@@ -172,11 +191,37 @@ class ModuleTask:
         )
 
     def _read_buffers(self) -> Tensor:
-        if self.layout.has_uniform_dtype:
+        if not self._is_cast:
+            self._note_odd()
             return self._flat[self.layout.num_trainable :].clone()
         return self.layout.flatten(
             {slot.name: self._own[slot.name] for slot in self.layout.slots if slot.role == "buffer"}
         )
+
+    def _note_odd(self) -> None:
+        """Writes the buffers that are no views of the vector back to it."""
+        for slot in self._odd:
+            self._flat[slot.start : slot.stop] = self.layout.flatten({slot.name: self._own[slot.name]})
+
+    def train(
+        self, params: Float[Tensor, " P"], batches: Batches, *, pull: float = 0.0, towards: Tensor | None = None
+    ) -> Float[Tensor, " P"]:
+        """Local SGD over `batches`, in place on the module's own vector."""
+        if self._is_cast:
+            return _descended(self, params, batches, self.gradient, pull=pull, towards=towards)
+        if self._dense is not None:
+            one = None if towards is None else towards[None]
+            return self._dense.train(params[None], _of_one(batches), self._descent, pull=pull, towards=one)[0]
+        T = self.layout.num_trainable
+        self._load(params, training=True)
+        centre = None if towards is None else towards[:T]
+        descending = Descending(self._descent, self._flat[:T], pull=pull, towards=centre)
+        for batch in batches:
+            self._slope.zero_()
+            _weighted(self._objective.losses, self._module(batch.inputs), batch).backward()  # type: ignore[no-untyped-call]
+            descending.step(self._slope, batch.lr)
+        self._note_odd()
+        return self._flat.clone()
 
     def gradient(self, params: Float[Tensor, " P"], batch: Batch, offset: Tensor | None = None) -> Slope:
         """Loss, gradient [T] and new buffers [P − T] in training mode; `offset` [B, K] is added to the outputs."""
@@ -221,7 +266,6 @@ class ModuleTask:
     loss = _mean_loss
     losses = _loss_of_each
     right = _right_of_each
-    train = _trained
     descend = _descended
 
 
