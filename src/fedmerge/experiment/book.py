@@ -71,13 +71,14 @@ def _refuse_full(folder: Path) -> None:
 
 def digest_of_request(setup: Setup) -> str:
     """Of all that decides a run's numbers beside the clients' data: method, network, training, options, engine."""
-    options = {key: value for key, value in plain_options(setup.options).items() if key != "checkpoint_every"}
+    free = {"checkpoint_every", "workers", "cluster"}  # numbers do not depend on them
+    options = {key: value for key, value in plain_options(setup.options).items() if key not in free}
     asked = {
         "method": ALGORITHMS.name_of(setup.algorithm),
         "options": plain_options(setup.algorithm),
         "training": plain_options(setup.training),
         "run": options,
-        "engine": type(setup.engine).__name__,
+        "engine": type(getattr(setup.engine, "inner", setup.engine)).__name__,
         "layout": [(slot.name, slot.shape, str(slot.dtype), slot.role) for slot in setup.layout.slots],
         "start": digest(setup.layout.read(setup.module).contiguous().numpy().tobytes()),
         "presence": None if setup.presence is None else repr(setup.presence.spans),

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from fedmerge.core.errors import UsageError
+from fedmerge.core.interrupts import interrupts_heard, interrupts_held
 from fedmerge.data import FederatedData
 from fedmerge.experiment.config import Config, Table, build_config
 from fedmerge.experiment.execute import execute_config
 from fedmerge.experiment.federation import load_data
-from fedmerge.core.interrupts import interrupts_heard, interrupts_held
 from fedmerge.experiment.record import RoundRecord, RunRecord, read_run
 from fedmerge.experiment.simulation import prepare
 

@@ -46,7 +46,14 @@ class RunOptions:
     evaluate_every: int = option(10, at_least=1, help="rounds between two evaluations; the last is always evaluated")
     finetune_epochs: int = option(0, at_least=0, help="local epochs at the end, reported beside the plain result")
     seed: int = option(0, at_least=0, help="decides split, initial model, cohorts and batches")
-    runtime: Literal["auto", "sequential", "vectorised"] = option("auto", help="how clients are executed")
+    runtime: Literal["auto", "sequential", "vectorised", "folded"] = option(
+        "auto", help="how clients are executed; auto measures before a long run"
+    )
+    fold: int | None = option(None, at_least=1, help="clients that run at once, where several do; found out by default")
+    workers: int = option(1, at_least=1, help="processes that train clients at the same time; numbers stay the same")
+    cluster: str | None = option(
+        None, help="address of a Ray cluster whose actors are the workers, or 'local' to start one here"
+    )
     buffers: Literal["merge", "local", "recalibrate"] = option(
         "merge", help="whose BatchNorm statistics a client's model has"
     )

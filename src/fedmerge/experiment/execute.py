@@ -20,6 +20,7 @@ from fedmerge.experiment.record import RoundRecord, RunRecord, Status, select, w
 from fedmerge.experiment.samples import written_samples
 from fedmerge.experiment.serving import write_serving
 from fedmerge.experiment.simulation import Progress, Setup, finetune, one_thread, prepare, rounds
+from fedmerge.experiment.spread import dismiss
 from fedmerge.experiment.store import versions, write_inputs, write_models
 from fedmerge.training import LocalTraining
 
@@ -200,6 +201,8 @@ def play(
                 book.stop()
             _close(record, status, journey, time.perf_counter() - began, folder)
         raise
+    finally:
+        dismiss(setup.engine)
     record = _close(record, "finished", journey, time.perf_counter() - began, folder)
     if book is not None:
         book.close()
@@ -248,6 +251,7 @@ def _new_record(setup: Setup, data: FederatedData, model: Any, label: str) -> Ru
         class_counts=data.class_counts(),
         tasks=data.tasks,
         select=setup.options.select,
+        engine=setup.choice,
     )
 
 

@@ -25,6 +25,7 @@ from fedmerge.core.text import printable
 from fedmerge.core.vector import Layout, layout_of
 from fedmerge.data import FederatedData
 from fedmerge.experiment.attacks import attackers, tampered
+from fedmerge.experiment.choice import Choice, Workload, fastest_engine, objective_of
 from fedmerge.experiment.config import RunOptions
 from fedmerge.experiment.federation import (
     channels_last,
@@ -36,7 +37,8 @@ from fedmerge.experiment.federation import (
 from fedmerge.experiment.participation import Presence, Turnout, presence_of, turnout
 from fedmerge.experiment.privacy_check import privacy_of
 from fedmerge.experiment.record import RoundRecord, Scores
-from fedmerge.experiment.trial import check_module, choose_engine, runtime_for
+from fedmerge.experiment.spread import spread
+from fedmerge.experiment.trial import check_module, runtime_for
 from fedmerge.privacy import PrivacyForecast
 from fedmerge.runtime import (
     Engine,
@@ -64,6 +66,7 @@ class Setup:
         module: The network, with the weights of draw 0.
         layout: Of the module.
         engine: Runs the clients.
+        choice: Why it is this engine.
         training: What a client does in a round.
         options: Rounds, seed and the like.
         facts: What the method is told.
@@ -79,6 +82,7 @@ class Setup:
     module: nn.Module
     layout: Layout
     engine: Engine
+    choice: Choice
     training: LocalTraining
     options: RunOptions
     facts: Federation
@@ -115,7 +119,13 @@ def one_thread() -> Iterator[None]:
 
 
 def prepare(
-    algorithm: Algorithm[Any], data: FederatedData, model: Any, training: LocalTraining, options: RunOptions
+    algorithm: Algorithm[Any],
+    data: FederatedData,
+    model: Any,
+    training: LocalTraining,
+    options: RunOptions,
+    *,
+    choice: Choice | None = None,
 ) -> tuple[Setup, Progress]:
     """Network, layout, engine and the state before the first round.
 
@@ -125,6 +135,7 @@ def prepare(
         model: A recipe, a module, or a function that makes one.
         training: What a client does in a round.
         options: Rounds, seed and the like.
+        choice: The engine that the run took when it began, for one that goes on.
     """
     dtype = options.dtype
     module = make_module(model, data, options.seed, dtype=dtype)
@@ -133,8 +144,8 @@ def prepare(
     check_module(module, data, training)
     splits = ((client.train, client.validation, client.test) for client in data.clients)
     remember(module, torch.cat([examples.inputs for three in splits for examples in three]))
-    runtime = runtime_for(training, options.runtime, module, layout)
-    engine = choose_engine(runtime, module, layout, training.descent(), data)
+    engine, choice = _engine_of(module, layout, data, training, options, choice)
+    engine = spread(engine, choice, module, layout, training.descent(), data, options)
     facts = federation_facts(data, layout)
     draw = drawer(model, data, options.seed, layout, dtype)
     spaced = in_space(algorithm, travelling(layout, options.keep), options.merging)
@@ -150,6 +161,7 @@ def prepare(
         module,
         layout,
         engine,
+        choice,
         training,
         options,
         facts,
@@ -159,6 +171,24 @@ def prepare(
         privacy=privacy,
     )
     return setup, Progress(state, fleet, 0)
+
+
+def _engine_of(
+    module: nn.Module,
+    layout: Layout,
+    data: FederatedData,
+    training: LocalTraining,
+    options: RunOptions,
+    choice: Choice | None,
+) -> tuple[Engine, Choice]:
+    """The engine that was chosen before, or is chosen now."""
+    descent = training.descent()
+    if choice is not None:
+        return choice.engine(module, layout, descent, objective_of(data)), choice
+    runtime = runtime_for(training, options.runtime, module, layout)
+    work = Workload(training, options.rounds, options.fraction)
+    with one_thread():
+        return fastest_engine(runtime, module, layout, descent, data, work, options.fold)
 
 
 def _passes(training: LocalTraining, data: FederatedData) -> tuple[int, ...]:
@@ -194,10 +224,7 @@ def advance(setup: Setup, progress: Progress) -> tuple[Progress, RoundRecord]:
     turned_out = attendance(setup, number)
     training = turned_out.training
     rate = rate_of_round(setup.training, number, options.rounds)
-    batches = [
-        Planned(clients[i].train, setup.training, rate, options.seed, number, i)
-        for i in training
-    ]
+    batches = [Planned(clients[i].train, setup.training, rate, options.seed, number, i) for i in training]
     num_examples = torch.tensor([clients[i].num_train for i in training], dtype=torch.int64)
     cost = setup.played.cost(progress.state)
     with fresh_module_randomness(options.seed, "dropout", number):

@@ -21,7 +21,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, Literal
@@ -31,11 +31,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedmerge.core.errors import FedmergeError, UsageError
+from fedmerge.core.errors import UsageError
 from fedmerge.core.interrupts import interrupts_held
 from fedmerge.runtime.engines import Engine
 from fedmerge.runtime.parcels import Arena, Known, Packed, pack, unpack
-from fedmerge.runtime.workers import Death, Failure, Job, run_job
+from fedmerge.runtime.workers import Death, Failure, Job, packed_outcome, run_job
 
 Start = Literal["fork", "spawn"]
 
@@ -244,16 +244,6 @@ def _notices(pipe: Connection) -> Iterator[bytes]:
 def _answer(engine: Engine, down: _Lane, notice: bytes, up: _Lane, known: Known) -> bytes:
     """Computes a job; the notice of its results, or of why there are none."""
     try:
-        return up.write(_packed(run_job(engine, down.read(notice, known, copied=False)), known))
+        return up.write(packed_outcome(run_job(engine, down.read(notice, known, copied=False)), known))
     except Exception as error:  # results that cannot be sent, no memory for them
-        return up.write(_packed(Failure(None, error, traceback.format_exc()), known))
-
-
-def _packed(outcome: list[Any] | Failure, known: Known) -> Packed:
-    try:
-        return pack(outcome, known)
-    except TypeError:
-        if not isinstance(outcome, Failure):
-            raise
-    told = FedmergeError(f"{type(outcome.error).__name__}: {outcome.error}")
-    return pack(replace(outcome, error=told), known)
+        return up.write(packed_outcome(Failure(None, error, traceback.format_exc()), known))

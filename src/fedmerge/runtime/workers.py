@@ -21,6 +21,7 @@ from torch import Tensor
 from fedmerge.core.errors import FedmergeError, UsageError
 from fedmerge.core.protocol import Batch, Batches
 from fedmerge.runtime.engines import ClientFunction, Engine
+from fedmerge.runtime.parcels import Known, Packed, pack
 from fedmerge.training.batches import Planned, step_sizes
 
 log = logging.getLogger(__name__)
@@ -115,6 +116,17 @@ DRAWS = (
 def run_clients(engine: Engine, function: ClientFunction | None, clients: Sequence[Any]) -> list[Any]:
     """Results of a function, or of measuring buffers if there is none."""
     return engine.measured_buffers(clients) if function is None else engine.map(function, clients)
+
+
+def packed_outcome(outcome: list[Any] | Failure, known: Known) -> Packed:
+    """A job's outcome for the way back; an exception that cannot be sent goes as its text in one of ours."""
+    try:
+        return pack(outcome, known)
+    except TypeError:
+        if not isinstance(outcome, Failure):
+            raise
+    told = FedmergeError(f"{type(outcome.error).__name__}: {outcome.error}")
+    return pack(replace(outcome, error=told), known)
 
 
 class Crew(Protocol):
