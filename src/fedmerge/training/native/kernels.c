@@ -354,20 +354,30 @@ INLINE void gather_axis(int m, const vec *in, int i, vec *out, int o) { /* G' : 
     out[2 * o] = (AT_P * P2) * sum + (AT_Q * Q2) * sum2 + in[5 * i];
 }
 
+/* Where a filter's entries lie, in floats. */
+typedef struct {
+    int64_t outer, term, height, width;
+} Steps;
+
+/* Places of a tile lie off powers of two, else they would share few lines of the cache. */
+INLINE int64_t apart(int64_t size) { return ROUNDED(size, 16) + 16; }
+
 /* Filters of one group, packed [tile^2][outer / NB][terms][NB]; `turned` for the slope on the input. */
-INLINE void transform_filters(int m, const Shape *s, const float *weights, int64_t outer, int64_t outer_step,
-                              int64_t terms, int64_t term_step, int turned, float *packed) {
+INLINE void transform_filters(int m, const float *weights, Steps steps, int64_t outer, int64_t terms, int turned,
+                              float *packed) {
     const int t = m + 2;
-    int64_t place = ROUNDED(outer, NB) * terms;
+    int64_t place = apart(ROUNDED(outer, NB) * terms);
     for (int64_t n = 0; n < outer; n += NB)
         for (int64_t k = 0; k < terms; k++) {
-            const float *from = weights + n * outer_step + k * term_step;
+            const float *from = weights + n * steps.outer + k * steps.term;
             slim taps[9], half[3 * MAX_TILE], full[MAX_TILE];
             for (int i = 0; i < 9; i++) {
-                const float *tap = from + i / 3 * s->step_height + i % 3 * s->step_width;
+                const float *tap = from + i / 3 * steps.height + i % 3 * steps.width;
                 slim value = {0};
-                for (int j = 0; j < NB; j++)
-                    if (n + j < outer) value[j] = tap[j * outer_step];
+                if (steps.outer == 1 && n + NB <= outer) memcpy(&value, tap, sizeof value);
+                else
+                    for (int j = 0; j < NB; j++)
+                        if (n + j < outer) value[j] = tap[j * steps.outer];
                 taps[turned ? 8 - i : i] = value;
             }
             UNROLL for (int x = 0; x < 3; x++) filter_axis(m, taps + x, 3, half + x, 3);
@@ -379,9 +389,16 @@ INLINE void transform_filters(int m, const Shape *s, const float *weights, int64
         }
 }
 
-typedef void Axis(int, const vec *, int, vec *, int);
+/* The same filters as [9][terms][outer, whole vectors], where terms lay side by side; returns their new steps. */
+static Steps turn_filters(const float *weights, Steps steps, int64_t outer, int64_t terms, float *to) {
+    int64_t wide = ROUNDED(outer, VL), place = terms * wide;
+    for (int64_t i = 0; i < 9; i++)
+        transpose(weights + i / 3 * steps.height + i % 3 * steps.width, steps.outer, outer, terms, to + i * place, wide,
+                  wide);
+    return (Steps){1, wide, 3 * place, place};
+}
 
-/* Tiles are taken in runs that fit the cache; `step` is the distance between places of a tile, off a power of two. */
+/* Tiles are taken in runs that fit the cache. */
 static int64_t tiles_at_once(int64_t floats_per_tile, int64_t tiles) {
     int64_t fit = (96 << 10) / floats_per_tile;
     return fit < 1 ? 1 : fit < tiles ? fit : tiles;
@@ -436,8 +453,8 @@ INLINE void winograd(int m, const Shape *s, const float *in, int64_t in_height, 
                      float *work) {
     const int places = (m + 2) * (m + 2);
     int64_t lanes = s->lanes, across = (out_width + m - 1) / m, tiles = across * ((out_height + m - 1) / m);
-    int64_t run = tiles_at_once(places * (terms + outer) * lanes, tiles), block = ROUNDED(outer, NB) * terms;
-    int64_t in_step = run * terms * lanes + VL, out_step = run * outer * lanes + VL;
+    int64_t run = tiles_at_once(places * (terms + outer) * lanes, tiles), block = apart(ROUNDED(outer, NB) * terms);
+    int64_t in_step = apart(run * terms * lanes), out_step = apart(run * outer * lanes);
     float *images = work, *results = work + places * in_step;
     for (int64_t first = 0; first < tiles; first += run) {
         int64_t count = tiles - first < run ? tiles - first : run;
@@ -462,7 +479,7 @@ static int64_t winograd_work(int m, int64_t lanes, int64_t terms, int64_t outer,
                              int64_t out_width) {
     int64_t places = (m + 2) * (m + 2), tiles = (out_width + m - 1) / m * ((out_height + m - 1) / m);
     int64_t run = tiles_at_once(places * (terms + outer) * lanes, tiles);
-    return places * (run * (terms + outer) * lanes + 2 * VL);
+    return places * (apart(run * terms * lanes) + apart(run * outer * lanes));
 }
 
 /* --- forward, and backward to the input --------------------------------------------------------------------------- */
@@ -473,13 +490,15 @@ static int convolve(const Shape *s, int backward, const float *in, const float *
     int64_t out_height = backward ? s->height : s->out_height, out_width = backward ? s->width : s->out_width;
     int64_t terms = backward ? s->outer : s->inner, outer = backward ? s->inner : s->outer;
     int64_t term_step = backward ? s->step_outer : s->step_inner, outer_step = backward ? s->step_inner : s->step_outer;
+    Steps steps = {outer_step, term_step, s->step_height, s->step_width};
     int64_t lanes = s->lanes, m = s->tile, kernel = s->kernel_height * s->kernel_width;
-    int64_t places = m ? (m + 2) * (m + 2) : kernel, packed_size = places * ROUNDED(outer, NB) * terms;
+    int64_t places = m ? (m + 2) * (m + 2) : kernel, packed_size = places * apart(ROUNDED(outer, NB) * terms);
     int64_t meetings = 2 * (s->kernel_height + out_width * (s->kernel_width + 1)) * sizeof(int64_t) / sizeof(float);
     int64_t work_size = m ? winograd_work(m, lanes, terms, outer, out_height, out_width) : meetings;
-    float *packed = scratch(&for_steps, ROUNDED(packed_size, 16) + terms * lanes + work_size);
+    int64_t turned_size = m && outer_step != 1 && term_step == 1 ? 9 * terms * ROUNDED(outer, VL) : 0;
+    float *packed = scratch(&for_steps, ROUNDED(packed_size, 16) + terms * lanes + turned_size + work_size);
     if (!packed) return 1;
-    float *nothing = packed + ROUNDED(packed_size, 16), *work = nothing + terms * lanes;
+    float *nothing = packed + ROUNDED(packed_size, 16), *turned = nothing + terms * lanes, *work = turned + turned_size;
     memset(nothing, 0, terms * lanes * sizeof(float));
     int64_t pad_height = backward ? 2 - s->pad_height : s->pad_height;
     int64_t pad_width = backward ? 2 - s->pad_width : s->pad_width;
@@ -487,12 +506,14 @@ static int convolve(const Shape *s, int backward, const float *in, const float *
     for (int64_t g = 0; g < s->groups; g++) {
         const float *from = in + g * terms * lanes, *own = weights + g * s->outer * s->step_outer;
         float *to = out + g * outer * lanes;
+        Steps own_steps = steps;
+        if (turned_size) own_steps = turn_filters(own, steps, outer, terms, turned), own = turned;
         if (m == 4) {
-            transform_filters(4, s, own, outer, outer_step, terms, term_step, backward, packed);
+            transform_filters(4, own, own_steps, outer, terms, backward, packed);
             winograd(4, s, from, in_height, in_width, in_pixel, terms, pad_height, pad_width, to, out_height, out_width,
                      out_pixel, outer, packed, nothing, work);
         } else if (m == 2) {
-            transform_filters(2, s, own, outer, outer_step, terms, term_step, backward, packed);
+            transform_filters(2, own, own_steps, outer, terms, backward, packed);
             winograd(2, s, from, in_height, in_width, in_pixel, terms, pad_height, pad_width, to, out_height, out_width,
                      out_pixel, outer, packed, nothing, work);
         } else {
@@ -609,7 +630,7 @@ static void weights_direct(const Shape *s, const float *x, const float *dy, int6
                 int64_t in_x = left * s->stride_width + w - s->pad_width;
                 gather(x + (in_y * s->width + in_x) * in_pixel, s->stride_width * in_pixel,
                        s->stride_height * s->width * in_pixel, turned + (up - top) * row + left * lanes * wide, row,
-                       down - up, right - left, s->inner, lanes, wide, sums + (h * s->kernel_width + w) * s->inner * wide);
+                       down - up, right - left, s->inner, lanes, wide, sums + (h * s->kernel_width + w) * apart(s->inner * wide));
             }
     }
 }
@@ -710,7 +731,7 @@ INLINE void weights_winograd(int m, const Shape *s, const float *x, const float 
     int64_t lanes = s->lanes, in_pixel = s->groups * s->inner * lanes, out_pixel = s->groups * s->outer * lanes;
     int64_t across = (s->out_width + m - 1) / m, tiles = across * ((s->out_height + m - 1) / m);
     int64_t run = weights_run(m, s, wide), size = lanes * wide, in_size = s->inner * lanes;
-    int64_t in_step = run * in_size + VL, out_step = run * size + VL;
+    int64_t in_step = apart(run * in_size), out_step = apart(run * size);
     float *images = work, *slopes = images + places * in_step, *turned = slopes + places * out_step;
     for (int64_t first = 0; first < tiles; first += run) {
         int64_t count = tiles - first < run ? tiles - first : run;
@@ -728,32 +749,43 @@ INLINE void weights_winograd(int m, const Shape *s, const float *x, const float 
         }
         for (int p = 0; p < places; p++)
             gather(images + p * in_step, in_size, 0, slopes + p * out_step, 0, 1, count, s->inner, lanes, wide,
-                   sums + p * s->inner * wide);
+                   sums + p * apart(s->inner * wide));
     }
 }
 
-/* The slope on the filters of one group, from `sums` [places][inner][wide]. */
-INLINE void write_slope(int m, const Shape *s, const float *sums, int64_t wide, float *slope) {
+/* The slopes on the nine taps, for one input channel and VL output channels. */
+INLINE void slope_taps(int m, const float *sums, int64_t place, vec *taps) {
     const int t = m + 2;
-    int64_t place = s->inner * wide, kernel = s->kernel_height * s->kernel_width;
+    vec half[3 * MAX_TILE], column[MAX_TILE];
+    UNROLL for (int x = 0; x < t; x++) {
+        UNROLL for (int y = 0; y < t; y++) column[y] = load(sums + (y * t + x) * place);
+        gather_axis(m, column, 1, half + x, t);
+    }
+    UNROLL for (int y = 0; y < 3; y++) gather_axis(m, half + y * t, 1, taps + 3 * y, 1);
+}
+
+/* The slope on the filters of one group, from `sums` [places][inner][wide]; `taps` has room for kernel x VL vectors. */
+INLINE void write_slope(int m, const Shape *s, const float *sums, int64_t wide, vec *taps, float *slope) {
+    int64_t place = apart(s->inner * wide), kernel = s->kernel_height * s->kernel_width;
     for (int64_t n = 0; n < s->outer; n += VL)
-        for (int64_t k = 0; k < s->inner; k++) {
-            const float *from = sums + k * wide + n;
-            int64_t used = s->outer - n < VL ? s->outer - n : VL;
-            vec half[3 * MAX_TILE], taps[9];
-            if (m) {
-                UNROLL for (int x = 0; x < t; x++) {
-                    vec column[MAX_TILE];
-                    UNROLL for (int y = 0; y < t; y++) column[y] = load(from + (y * t + x) * place);
-                    gather_axis(m, column, 1, half + x, t);
-                }
-                UNROLL for (int y = 0; y < 3; y++) gather_axis(m, half + y * t, 1, taps + 3 * y, 1);
+        for (int64_t k = 0; k < s->inner; k += VL) {
+            int64_t used = s->outer - n < VL ? s->outer - n : VL, terms = s->inner - k < VL ? s->inner - k : VL;
+            for (int64_t j = 0; j < terms; j++) {
+                vec own[9];
+                if (m) slope_taps(m, sums + (k + j) * wide + n, place, own);
+                for (int64_t i = 0; i < kernel; i++)
+                    taps[i * VL + j] = m ? own[i] : load(sums + i * place + (k + j) * wide + n);
             }
             for (int64_t i = 0; i < kernel; i++) {
-                vec value = m ? taps[i] : load(from + i * place);
+                const float *from = (const float *)(taps + i * VL);
                 float *to = slope + n * s->step_outer + k * s->step_inner + i / s->kernel_width * s->step_height +
                             i % s->kernel_width * s->step_width;
-                for (int64_t j = 0; j < used; j++) to[j * s->step_outer] = value[j];
+                if (used == VL && terms == VL && s->step_inner == 1) {
+                    transpose_block(from, VL, VL, to, s->step_outer);
+                    continue;
+                }
+                for (int64_t j = 0; j < terms; j++)
+                    for (int64_t o = 0; o < used; o++) to[o * s->step_outer + j * s->step_inner] = from[j * VL + o];
             }
         }
 }
@@ -767,19 +799,22 @@ static int conv_backward_weights(const Shape *s, const float *x, const float *dy
     if (strip > s->out_height) strip = s->out_height;
     if (m) {
         int64_t run = weights_run(m, s, wide);
-        work_size = places * (run * (s->inner + wide) * lanes + 2 * VL) + m * m * lanes * wide;
+        work_size = places * (apart(run * s->inner * lanes) + apart(run * wide * lanes)) + m * m * lanes * wide;
     } else work_size = strip * row;
-    int64_t sums_size = places * s->inner * wide, nothing_size = s->inner * lanes;
-    float *sums = scratch(&for_steps, sums_size + nothing_size + work_size);
+    int64_t sums_size = places * apart(s->inner * wide), nothing_size = s->inner * lanes;
+    int64_t taps_size = s->kernel_height * s->kernel_width * VL * VL;
+    float *sums = scratch(&for_steps, taps_size + sums_size + nothing_size + work_size);
     if (!sums) return 1;
+    vec *taps = (vec *)sums;
+    sums += taps_size;
     float *nothing = sums + sums_size, *work = nothing + nothing_size;
     for (int64_t g = 0; g < s->groups; g++) {
         const float *from = x + g * s->inner * lanes, *slopes = dy + g * s->outer * lanes;
         float *to = slope + g * s->outer * s->step_outer;
         memset(sums, 0, (sums_size + nothing_size) * sizeof(float));
-        if (m == 4) weights_winograd(4, s, from, slopes, wide, nothing, work, sums), write_slope(4, s, sums, wide, to);
-        else if (m == 2) weights_winograd(2, s, from, slopes, wide, nothing, work, sums), write_slope(2, s, sums, wide, to);
-        else weights_direct(s, from, slopes, wide, strip, work, sums), write_slope(0, s, sums, wide, to);
+        if (m == 4) weights_winograd(4, s, from, slopes, wide, nothing, work, sums), write_slope(4, s, sums, wide, taps, to);
+        else if (m == 2) weights_winograd(2, s, from, slopes, wide, nothing, work, sums), write_slope(2, s, sums, wide, taps, to);
+        else weights_direct(s, from, slopes, wide, strip, work, sums), write_slope(0, s, sums, wide, taps, to);
     }
     return 0;
 }
