@@ -32,6 +32,7 @@ from fedmerge.core.files import append_text, write_atomically
 from fedmerge.core.options import build_options
 from fedmerge.core.strict_json import MOST_FILE_BYTES, parse_json_table, read_bounded
 from fedmerge.core.text import shortened
+from fedmerge.experiment.choice import Choice
 from fedmerge.experiment.record_checks import faults_of_round, faults_of_run
 
 T = TypeVar("T")
@@ -123,6 +124,7 @@ class RunRecord:
         samples: What the clients' language models make of a few test prompts: client, task, prompt, completion, wanted;
             None for other networks.
         select: Which round is reported: the best on validation, or the last.
+        engine: What ran the clients, and why; None in runs written before this was kept.
     """
 
     label: str
@@ -148,6 +150,7 @@ class RunRecord:
     tasks: tuple[str, ...] | None = None
     samples: tuple[Mapping[str, str], ...] | None = None
     select: Literal["validation", "last"] = "validation"
+    engine: Choice | None = None
 
     def evaluated(self) -> tuple[RoundRecord, ...]:
         """The rounds that carry scores."""

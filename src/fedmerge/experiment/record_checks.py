@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from fedmerge.experiment.record import RoundRecord, RunRecord, Scores
 
 _LARGEST_WEIGHT = 1e6  # sums over any number of models stay finite
+_RUNTIMES = ("sequential", "vectorised", "folded")
+_MOST_FOLD = 1 << 20
 _COUNTED = ("seed", "num_params", "seconds")
 _PER_CLIENT = ("groups", "num_train", "num_validation", "num_test", "class_counts", "tasks")
 _NUMBERS_OF_STATE = ("gate", "num_models", "server_floats", "averaging_error")
@@ -47,6 +49,8 @@ def _of_run(run: RunRecord) -> Iterator[str]:
         yield f"client_names: got {brief(run.client_names)}; expected each name once"
     yield from _of_options(run)
     yield from _of_samples(run.samples or ())
+    if run.engine is not None and (run.engine.runtime not in _RUNTIMES or not 0 < (run.engine.most or 1) <= _MOST_FOLD):
+        yield f"engine: got {brief(run.engine)}; expected a runtime and how many clients run at once"
 
 
 def _of_options(run: RunRecord) -> Iterator[str]:

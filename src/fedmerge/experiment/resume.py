@@ -47,7 +47,7 @@ def resume_run(
             raise UsageError(
                 f"{folder} was made on other data than are there now; bring the same data, or make a new run"
             )
-        setup, start = prepare(method, clients, recipe, training, options)
+        setup, start = prepare(method, clients, recipe, training, options, choice=record.engine)
         stand = standing(folder, setup, start, record.data_sha256)
         _tell_versions(record)
         record = replace(record, status="running", versions=versions())

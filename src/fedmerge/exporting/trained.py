@@ -20,6 +20,7 @@ from fedmerge.core.tensor_files import read_tensors
 from fedmerge.core.vector import layout_of
 from fedmerge.data import ClientData, Examples, FederatedData
 from fedmerge.experiment.checkpoint import restored_fleet
+from fedmerge.experiment.choice import Choice, objective_of
 from fedmerge.experiment.config import RunOptions, config_of
 from fedmerge.experiment.execute import Outcome
 from fedmerge.experiment.federation import (
@@ -40,7 +41,6 @@ from fedmerge.experiment.serving import (
     refuse_other_draw,
 )
 from fedmerge.experiment.simulation import Progress, Setup, models_now, one_thread
-from fedmerge.experiment.trial import choose_engine
 from fedmerge.runtime import Sequential, first_fleet
 
 
@@ -179,6 +179,7 @@ def _setup(record: RunRecord, serving: Serving, recipe: Any) -> Setup:
         module=module,
         layout=layout,
         engine=Sequential(module, layout, serving.training.descent()),
+        choice=record.engine or Choice("sequential"),
         training=serving.training,
         options=options,
         facts=federation_facts(data, layout),
@@ -252,5 +253,5 @@ def _with_examples(setup: Setup, record: RunRecord, folder: Path) -> Setup:
         raise FedmergeError(f"{folder}: the data that config.toml names are no longer those of the run; make it again")
     data = channels_last(in_precision(raw, setup.options.dtype))
     descent = setup.training.descent()
-    engine = choose_engine(setup.options.runtime, setup.module, setup.layout, descent, data)
+    engine = setup.choice.engine(setup.module, setup.layout, descent, objective_of(data))
     return replace(setup, data=data, engine=engine)

@@ -232,12 +232,12 @@ def drawn_together(plans: Sequence[Planned]) -> Batches:
 
 def _gathered(rows: Sequence[Tensor], where: Int[Tensor, "K n"]) -> Tensor:
     """rows[k][where[k]] for every client k, [K, n, ...]; images stay laid out with their channels last."""
-    if rows[0].dim() == 4:
-        return _gathered([images.permute(0, 2, 3, 1) for images in rows], where).permute(0, 1, 4, 2, 3)
-    found = rows[0].new_empty(*where.shape, *rows[0].shape[1:])
-    for k, own in enumerate(rows):
+    images = rows[0].dim() == 4
+    laid = [own.permute(0, 2, 3, 1) for own in rows] if images else rows
+    found = rows[0].new_empty(*where.shape, *laid[0].shape[1:])
+    for k, own in enumerate(laid):
         torch.index_select(own, 0, where[k], out=found[k])
-    return found
+    return found.permute(0, 1, 4, 2, 3) if images else found
 
 
 def drawn(steps: Batches | Planned) -> Batches:

@@ -9,10 +9,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from itertools import chain
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedmerge.core.protocol import Batch, Batches, Slope
 from fedmerge.core.vector import Layout, Slot, twin
@@ -236,6 +238,34 @@ class ModuleFold(Fold):
             outputs = outputs if offset is None else outputs + offset
             self._losses(outputs, batch).sum().backward()  # type: ignore[no-untyped-call]
         return outputs.detach()
+
+
+class _Unseeing(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes whether a number leaves a tensor, as in ``if y.sum() > 0``."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.looked: bool = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs the operation."""
+        self.looked |= func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return func(*args, **(kwargs or {}))
+
+
+def looks_at_numbers(module: nn.Module, layout: Layout, inputs: Float[Tensor, "B ..."]) -> bool:
+    """Whether a network's course depends on numbers in its tensors, which folded are those of several clients.
+
+    Args:
+        module: A network that can be folded.
+        layout: Of the module.
+        inputs: A few.
+    """
+    fold = ModuleFold(module, layout, 2, CLASSES, None)
+    fold._load(layout.read(module).repeat(2, 1), training=True)
+    with torch.no_grad(), _Unseeing() as watch:
+        fold.outputs(inputs.repeat(2, *[1] * inputs.dim()))
+    return bool(watch.looked)
 
 
 def _rates_are_alike(batches: Batches) -> bool:
