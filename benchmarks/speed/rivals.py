@@ -8,7 +8,7 @@ torch of one version, what this package needs (networks and data are its own, fr
     python3.14 -m venv blazefl && blazefl/bin/pip install torch==2.13.0 "blazefl[contrib,reproducibility]==3.0.0" -e .
     python -m venv code && code/bin/pip install torch==2.13.0 h5py matplotlib -e .  # the two checkouts run in this one
 
-    python benchmarks/speed/rivals.py --workload logistic mlp cnn resnet9 lora --repeats 5 \
+    python benchmarks/speed/rivals.py --workload logistic mlp cnn resnet9 resnet9-paper lora --repeats 5 \
         --pythons flower=flower/bin/python pfl=pfl/bin/python blazefl=blazefl/bin/python \
                   authors=code/bin/python pfllib=code/bin/python \
         --checkouts authors=FedMerge pfllib=PFLlib
@@ -55,7 +55,7 @@ SCRIPTS = {
     "pfl": "apple_pfl.py",
     "blazefl": "blaze.py",
 }
-IMAGES = ("cnn", "resnet9")
+IMAGES = ("cnn", "resnet9", "resnet9-paper")
 FEWER = {("logistic", "flower"): 100, ("mlp", "flower"): 100, ("logistic", "authors"): 100, ("mlp", "authors"): 100}
 """Clients of a round where a contestant is too slow for all of the workload's: its time per client-step is compared."""
 
@@ -133,7 +133,10 @@ ALL_CORES = os.sched_getaffinity(0)
 
 
 def known_contestants(workload: Workload, pythons: dict[str, str], checkouts: dict[str, str]) -> list[str]:
-    """Every contestant that can take part: all runtimes of this package, the plain loop, rivals with a Python."""
+    """Every contestant that can take part: all runtimes of this package, the plain loop, rivals with a Python.
+
+    ``naive@RIVAL`` is the plain loop under a rival's Python.
+    """
     runtimes = get_args(get_type_hints(RunOptions)["runtime"])
     found = [f"fedmerge:{runtime}" for runtime in runtimes]
     found += ["naive", "naive:reused"] if workload.model == "lora" else ["naive", "naive:reused", "naive:loader"]
@@ -142,6 +145,10 @@ def known_contestants(workload: Workload, pythons: dict[str, str], checkouts: di
     if workload.model == "lora":
         return [name for name in found if name != "fedmerge:vectorised"]  # a slow loop under vmap
     rivals = [name for name in SCRIPTS if name in pythons and (name not in ("authors", "pfllib") or name in checkouts)]
+    if "blazefl" in rivals:
+        rivals.append("naive@blazefl")  # it may need another Python than the others, which has a speed of its own
+    if workload.name == "resnet9-paper":
+        rivals = [name for name in rivals if name == "authors"]
     if "authors" in rivals:
         found += [f"fedmerge:{runtime}+authors" for runtime in runtimes if runtime not in ("auto", "vectorised")]
     return found + rivals
@@ -150,10 +157,11 @@ def known_contestants(workload: Workload, pythons: dict[str, str], checkouts: di
 def started(name: str, workload: Workload, asked: argparse.Namespace, log: Path) -> Contestant:
     """A contestant's process, ready to play."""
     kind, _, variant = name.partition(":")
+    kind, _, host = kind.partition("@")
     played = min(workload.played, FEWER.get((workload.name, kind), workload.played))
     if asked.clients:
         played = min(played, asked.clients)
-    python = asked.pythons.get(kind, sys.executable)
+    python = asked.pythons.get(host or kind, sys.executable)
     command = [python, str(HERE / "peers" / SCRIPTS[kind]), "--workload", workload.name, "--clients", str(played)]
     command += ["--variant", variant, "--checkout", asked.checkouts.get(kind, "")]
     threads = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "MKL", "OPENBLAS")}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 REFERENCE = "fedmerge:sequential"
-ORDER = ("logistic", "mlp", "cnn", "resnet9", "lora")
+ORDER = ("logistic", "mlp", "cnn", "resnet9", "resnet9-paper", "lora")
 NAMES = {"reused": "one reused module", "loader": "DataLoader", "channels_last": "channels_last"}
 NOTES = {
     "authors": "the authors' FedMerge with five models; its proximal term and the scores it notes of the last local "
@@ -51,7 +51,8 @@ def _head(all_found: list[Found]) -> str:
             "times are medians with the smallest and largest; processor times are of the contestant's whole "
             "process tree.\n",
             "`fedmerge:RUNTIME` is this package's FedAvg; `+authors` is FedMerge with five models and the authors' "
-            "rule. `naive` copies the network for each client and indexes its batches. Others:\n",
+            "rule. `naive` copies the network for each client and indexes its batches; `naive@blazefl` is the same "
+            "under the Python that BlazeFL runs in. Others:\n",
             *notes,
             "",
         ]
@@ -191,16 +192,17 @@ def _own_against_plain(found: Found) -> list[str]:
 
 
 def _rivals_against_plain(found: Found) -> list[str]:
-    plain = _row(found, "naive")
     rivals = [row for row in found["contestants"] if row["name"] in NOTES]
-    return [] if plain is None else [_difference(row, plain) for row in rivals]
+    plain = [_row(found, f"naive@{row['name']}") or _row(found, "naive") for row in rivals]
+    return [_difference(row, loop) for row, loop in zip(rivals, plain, strict=True) if loop is not None]
 
 
 def _difference(row: Found, plain: Found) -> str:
     """How far a contestant is from the plain loop, and the parts that differ most."""
     gap, total = _middle(row) - _middle(plain), _middle(row)
     names = [name for name in plain["parts"] if name in row["parts"]]
-    begun = f"`{row['name']}` takes {abs(gap):.3f} ms {'more' if gap > 0 else 'less'} than `naive` per client-step"
+    more = f"{abs(gap):.3f} ms {'more' if gap > 0 else 'less'}"
+    begun = f"`{row['name']}` takes {more} than `{plain['name']}` per client-step"
     if "clients' loops" in row["parts"]:
         inside = row["parts"]["clients' loops"]
         return f"{begun}: {inside:.3f} ms are its clients' loops, {row['parts']['rest']:.3f} ms everything around them."

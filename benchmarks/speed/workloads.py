@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +35,8 @@ class Workload:
 
     Attributes:
         name: On the command line.
-        model: Name of a network of this package with its options; ``lora`` for a random transformer with adapters.
+        model: Name of a network of this package with its options; ``lora`` for a random transformer with adapters;
+            ``basic-blocks`` for the network that the authors of FedMerge train.
         shape: Of one input; of ``lora`` the number of tokens.
         clients: As many as the federation has.
         played: As many as a contestant plays in a round: time per client-step does not depend on it.
@@ -78,6 +81,7 @@ WORKLOADS = {
         Workload("mlp", "mlp", (784,), 1000, 1000, 60, 20, options={"hidden": (100,)}),
         Workload("cnn", "cnn", (1, 28, 28), 100, 100, 128, 32),
         Workload("resnet9", "resnet9", (3, 32, 32), 50, 8, 896, 32, epochs=2),
+        Workload("resnet9-paper", "basic-blocks", (3, 32, 32), 50, 8, 896, 32, epochs=2, classes=100),
         Workload("lora", "lora", (32,), 20, 4, 32, 16),
     )
 }
@@ -92,7 +96,7 @@ def workload_of(name: str, played: int | None = None) -> Workload:
 def network(workload: Workload) -> nn.Module:
     """The network, with the same fresh weights in every process."""
     with fresh_module_randomness(SEED, "speed: initial weights"):
-        module = _transformer(workload) if workload.model == "lora" else _registered(workload)
+        module = _MADE.get(workload.model, _registered)(workload)
     return module.to(workload.dtype)
 
 
@@ -102,11 +106,50 @@ def _registered(workload: Workload) -> nn.Module:
     return module
 
 
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions beside a shortcut, which is a 1x1 convolution where the shape changes; BatchNorm.
+
+    He et al., CVPR 2016, arXiv:1512.03385.
+
+    Args:
+        fan_in: Channels that come in.
+        fan_out: Channels that go out.
+        stride: Of the first convolution.
+    """
+
+    def __init__(self, fan_in: int, fan_out: int, stride: int) -> None:
+        super().__init__()
+        self.first = nn.Sequential(_convolution(fan_in, fan_out, 3, stride), nn.ReLU())
+        self.second = _convolution(fan_out, fan_out, 3, 1)
+        changed = stride != 1 or fan_in != fan_out
+        self.shortcut = _convolution(fan_in, fan_out, 1, stride) if changed else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """ReLU of the sum of both ways."""
+        return functional.relu(self.second(self.first(x)) + self.shortcut(x))
+
+
+def _convolution(fan_in: int, fan_out: int, size: int, stride: int) -> nn.Sequential:
+    layer = nn.Conv2d(fan_in, fan_out, size, stride=stride, padding=size // 2, bias=False)
+    return nn.Sequential(layer, nn.BatchNorm2d(fan_out))
+
+
+def _basic_blocks(workload: Workload) -> nn.Module:
+    """One block at each of 8, 16, 32 and 64 channels: the residual network of the authors' ``ResNet9``."""
+    widths = (8, 8, 16, 32, 64)
+    stem = nn.Sequential(_convolution(workload.shape[0], widths[0], 3, 1), nn.ReLU())
+    blocks = [BasicBlock(a, b, 1 if a == b else 2) for a, b in pairwise(widths)]
+    return nn.Sequential(stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], workload.classes))
+
+
 def _transformer(workload: Workload) -> nn.Module:
     """Six blocks of width 384, as in MiniLM, with LoRA of rank 8 on queries and values of all; not pretrained."""
     from fedmerge.models.hf import Hf  # noqa: PLC0415 - optional extra
 
     return Hf(path=_checkpoint(), rank=8).build(workload.shape, workload.classes)
+
+
+_MADE: dict[str, Callable[[Workload], nn.Module]] = {"lora": _transformer, "basic-blocks": _basic_blocks}
 
 
 @cache

@@ -73,6 +73,10 @@ def test_evaluation_is_not_counted_as_steps():
     assert sizes == [len(inputs)]
 
 
+def test_the_network_of_the_paper_has_as_many_parameters_as_that_of_the_authors_code():
+    assert workloads.num_parameters(workloads.WORKLOADS["resnet9-paper"]) == (83_852, 83_852)
+
+
 def test_products_of_a_linear_network_are_counted_by_hand():
     logistic = workloads.WORKLOADS["logistic"]
     # forward x W and the gradient of W; inputs need no gradient

@@ -78,9 +78,9 @@ class Naive:
 
 
 def trained(module: nn.Module) -> dict[str, Tensor]:
-    """What is averaged: trainable parameters and floating-point buffers."""
+    """What is averaged: trainable parameters and buffers."""
     found = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
-    return found | {name: b for name, b in module.named_buffers() if b.is_floating_point()}
+    return found | dict(module.named_buffers())
 
 
 def naive(workload: Workload, variants: frozenset[str] = frozenset()) -> Naive:
