@@ -22,6 +22,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, Literal
@@ -44,7 +45,7 @@ _SLOTS = 2
 _NOTICE = struct.Struct("<BQQ")
 """Which slot a parcel lies in, where its message begins there, and how long that is. All that goes through a pipe."""
 _LOOK_UP_SECONDS = 1.0
-"""How often a waiting worker looks whether its parent is still there; a closed pipe tells it at once as a rule."""
+"""How often a worker looks whether its parent is still there; one that waits learns it from its pipe at once."""
 
 _OURS: WeakSet[Connection] = WeakSet()
 """This process's ends of all pipes to workers. A forked one must close them: held open, they would hide an end."""
@@ -91,6 +92,23 @@ class _Worker:
     pipe: Connection
     down: _Lane
     up: _Lane
+
+
+@dataclass(frozen=True)
+class _Post:
+    """How a worker hears and answers.
+
+    Attributes:
+        pipe: For notices.
+        down: Of jobs.
+        up: Of outcomes.
+        parent: Process id of who started the worker.
+    """
+
+    pipe: Connection
+    down: _Lane
+    up: _Lane
+    parent: int
 
 
 @dataclass(frozen=True)
@@ -185,7 +203,10 @@ class Processes:
             down, up = _Lane(), _Lane()
             what = (_forked, self._engine, self._known) if self._start == "fork" else (_spawned, self._shown())
             process: Any = context.Process(  # type: ignore[attr-defined]  # of every context
-                target=what[0], args=(theirs, down, up, *what[1:]), daemon=True, name="fedmerge worker"
+                target=what[0],
+                args=(_Post(theirs, down, up, os.getpid()), *what[1:]),
+                daemon=True,
+                name="fedmerge worker",
             )
             process.start()
             theirs.close()
@@ -207,43 +228,39 @@ def _reason(code: int | None) -> str:
     return f"signal {-code}"
 
 
-def _forked(pipe: Connection, down: _Lane, up: _Lane, engine: Callable[[], Engine], known: Known) -> None:
+def _forked(post: _Post, engine: Callable[[], Engine], known: Known) -> None:
     """A forked worker's life."""
     for end in list(_OURS):
         end.close()
-    _live(pipe, down, up, engine, known)
+    _live(post, engine, known)
 
 
-def _spawned(pipe: Connection, down: _Lane, up: _Lane, handed: _Handed) -> None:
+def _spawned(post: _Post, handed: _Handed) -> None:
     """A spawned worker's life."""
     engine = handed.lane.read(handed.notice, Known(), copied=True)
-    _live(pipe, down, up, engine, Known(handed.examples.lying(handed.places)))
+    _live(post, engine, Known(handed.examples.lying(handed.places)))
 
 
-def _live(pipe: Connection, down: _Lane, up: _Lane, make: Callable[[], Engine], known: Known) -> None:
+def _live(post: _Post, make: Callable[[], Engine], known: Known) -> None:
     """Computes one job after another until the parent is gone, however that ended."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    signal.signal(signal.SIGALRM, partial(_end_without, post.parent))
+    signal.setitimer(signal.ITIMER_REAL, _LOOK_UP_SECONDS, _LOOK_UP_SECONDS)
     torch.set_num_threads(1)
     engine = make()
-    for notice in _notices(pipe):
-        answer = _answer(engine, down, notice, up, known)
-        with suppress(OSError):  # nobody is left to take it: the next look finds that out
-            pipe.send_bytes(answer)
-
-
-def _notices(pipe: Connection) -> Iterator[bytes]:
-    parent = os.getppid()
-    with suppress(EOFError, OSError):
+    with suppress(EOFError, ConnectionError):
         while True:
-            while not pipe.poll(_LOOK_UP_SECONDS):
-                if os.getppid() != parent:
-                    return
-            yield pipe.recv_bytes()
+            post.pipe.send_bytes(_answer(engine, post, post.pipe.recv_bytes(), known))
 
 
-def _answer(engine: Engine, down: _Lane, notice: bytes, up: _Lane, known: Known) -> bytes:
+def _end_without(parent: int, *_: object) -> None:
+    if os.getppid() != parent:
+        os._exit(1)  # nobody is left to take what is being computed
+
+
+def _answer(engine: Engine, post: _Post, notice: bytes, known: Known) -> bytes:
     """Computes a job; the notice of its results, or of why there are none."""
     try:
-        return up.write(packed_outcome(run_job(engine, down.read(notice, known, copied=False)), known))
+        return post.up.write(packed_outcome(run_job(engine, post.down.read(notice, known, copied=False)), known))
     except Exception as error:  # results that cannot be sent, no memory for them
-        return up.write(packed_outcome(Failure(None, error, traceback.format_exc()), known))
+        return post.up.write(packed_outcome(Failure(None, error, traceback.format_exc()), known))

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -129,6 +129,7 @@ def packed_outcome(outcome: list[Any] | Failure, known: Known) -> Packed:
     return pack(replace(outcome, error=told), known)
 
 
+@runtime_checkable
 class Crew(Protocol):
     """Workers that may end at any time. They are started when they get something to do.
 
