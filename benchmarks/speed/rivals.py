@@ -55,7 +55,15 @@ SCRIPTS = {
     "pfl": "apple_pfl.py",
     "blazefl": "blaze.py",
 }
-IMAGES = ("cnn", "resnet9", "resnet9-paper")
+VARIANTS = {
+    "logistic": ("reused", "loader"),
+    "mlp": ("reused", "loader"),
+    "cnn": ("reused", "loader", "channels_last", "channels_last+reused"),
+    "resnet9": ("channels_last", "channels_last+reused"),
+    "resnet9-paper": ("channels_last",),
+    "lora": ("reused",),
+}
+"""Of the plain loop: what may make a difference on a workload."""
 FEWER = {("logistic", "flower"): 100, ("mlp", "flower"): 100, ("logistic", "authors"): 100, ("mlp", "authors"): 100}
 """Clients of a round where a contestant is too slow for all of the workload's: its time per client-step is compared."""
 
@@ -139,9 +147,7 @@ def known_contestants(workload: Workload, pythons: dict[str, str], checkouts: di
     """
     runtimes = get_args(get_type_hints(RunOptions)["runtime"])
     found = [f"fedmerge:{runtime}" for runtime in runtimes]
-    found += ["naive", "naive:reused"] if workload.model == "lora" else ["naive", "naive:reused", "naive:loader"]
-    if workload.name in IMAGES:
-        found += ["naive:channels_last", "naive:channels_last+reused"]
+    found += ["naive", *(f"naive:{variant}" for variant in VARIANTS[workload.name])]
     if workload.model == "lora":
         return [name for name in found if name != "fedmerge:vectorised"]  # a slow loop under vmap
     rivals = [name for name in SCRIPTS if name in pythons and (name not in ("authors", "pfllib") or name in checkouts)]
@@ -321,7 +327,7 @@ def main() -> None:
     parser.add_argument("--workload", nargs="*", default=list(WORKLOADS), choices=list(WORKLOADS))
     parser.add_argument("--rivals", nargs="*", help="contestants; by default all that can take part")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--evaluations", type=int, default=2, help="rounds with evaluation at most")
+    parser.add_argument("--evaluations", type=int, default=1, help="rounds with evaluation at most")
     parser.add_argument("--clients", type=int, help="clients of a round at most")
     parser.add_argument("--core", type=int, default=max(ALL_CORES))
     parser.add_argument("--pythons", nargs="*", default=[], metavar="NAME=PATH")

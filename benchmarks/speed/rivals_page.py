@@ -18,7 +18,7 @@ NOTES = {
     "authors": "the authors' FedMerge with five models; its proximal term and the scores it notes of the last local "
     "epoch cannot be switched off",
     "pfllib": "FedAvg; reads every client's examples from a file in every round",
-    "flower": "FedAvg on Ray with one actor, server and all of Ray's processes on the one core",
+    "flower": "FedAvg on Ray with one actor, server and all of Ray's processes on the one core; logs as it comes",
     "pfl": "FederatedAveraging; does not shuffle",
     "blazefl": "FedAvg with the serial trainer",
 }
@@ -200,7 +200,7 @@ def _rivals_against_plain(found: Found) -> list[str]:
 def _difference(row: Found, plain: Found) -> str:
     """How far a contestant is from the plain loop, and the parts that differ most."""
     gap, total = _middle(row) - _middle(plain), _middle(row)
-    names = [name for name in plain["parts"] if name in row["parts"]]
+    names = dict.fromkeys([*plain["parts"], *row["parts"]])
     more = f"{abs(gap):.3f} ms {'more' if gap > 0 else 'less'}"
     begun = f"`{row['name']}` takes {more} than `{plain['name']}` per client-step"
     if "clients' loops" in row["parts"]:
@@ -208,7 +208,7 @@ def _difference(row: Found, plain: Found) -> str:
         return f"{begun}: {inside:.3f} ms are its clients' loops, {row['parts']['rest']:.3f} ms everything around them."
     if row["engine"] not in (None, "Sequential"):
         return f"{begun}; it runs several clients at once, and its parts cannot be told apart by functions."
-    moved = {name: row["parts"][name] - plain["parts"][name] for name in names}
+    moved = {name: row["parts"].get(name, 0.0) - plain["parts"].get(name, 0.0) for name in names}
     large = [name for name in sorted(moved, key=lambda n: -abs(moved[n])) if abs(moved[name]) > LEAST_PART * total]
     parts = ", ".join(f"{name} {moved[name]:+.3f}" for name in large)
     return f"{begun}; with its parts timed: {parts or 'no part differs by 3 %'}."
