@@ -20,11 +20,11 @@ from typing import Any
 from fedmerge.bench.plan import Run
 from fedmerge.bench.result import Result, Ticket, diverged, finished, is_divergence
 from fedmerge.core.errors import FedmergeError
+from fedmerge.core.interrupts import interrupts_held
 from fedmerge.data import FederatedData
 from fedmerge.experiment.config import build_config, to_table
 from fedmerge.experiment.execute import execute_config
 from fedmerge.experiment.federation import load_data
-from fedmerge.core.interrupts import interrupts_held
 from fedmerge.experiment.record import RoundRecord
 
 KEPT_FEDERATIONS = 2
