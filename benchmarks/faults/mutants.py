@@ -1,6 +1,6 @@
 """Small faults put into a module one at a time: do the tests notice each of them?
 
-    python benchmarks/faults/mutants.py [--sample N] [--seed S] [--lines L,L...] MODULE TESTS... > survivors.txt
+    python benchmarks/faults/mutants.py [--sample N] [--seed S] [--lines L,...] [--seconds S] MODULE TESTS... > left.txt
 
 Works in a copy of the tree that it makes for itself. A mutant differs from the module in one place:
 
@@ -34,7 +34,8 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,7 +43,7 @@ import numpy as np
 
 ROOT = Path(__file__).parents[2]
 _COPIED = ("src", "tests", "benchmarks/faults", "pyproject.toml")
-_SECONDS, _MEMORY = 90, 8_000_000 * 1024
+_MEMORY = 8_000_000 * 1024
 _LOADED_ONCE = ("torch", "numpy", "scipy.stats", "pytest", "hypothesis", "beartype", "jaxtyping", "safetensors.torch")
 _OPTIONS = (
     "-q",
@@ -253,17 +254,18 @@ def _name_of(path: Path) -> str:
     return ".".join(path.with_suffix("").parts[1:]).removesuffix(".__init__")
 
 
-def outcome(tree: Path, tests: Sequence[str]) -> str:
+def outcome(tree: Path, tests: Sequence[str], seconds: float) -> str:
     """Runs tests in a process of their own: ``survived``, ``killed``, ``clock``, or ``broken`` if none could run.
 
     Args:
         tree: Copy of the repository.
         tests: Files or names of tests in it, in the order of running.
+        seconds: Until it is ended.
     """
     process = os.fork()
     if process == 0:
         _run_tests(tree, tests)
-    end = time.monotonic() + _SECONDS
+    end = time.monotonic() + seconds
     while True:
         done, status = os.waitpid(process, os.WNOHANG)
         if done:
@@ -304,6 +306,7 @@ def main() -> None:
     parser.add_argument("--sample", type=int, help="how many mutants, drawn at random; all if left out")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lines", type=lambda text: {int(line) for line in text.split(",")}, help="no others")
+    parser.add_argument("--seconds", type=float, default=90, help="after which a run of the tests is ended")
     asked = parser.parse_args()
     mutants = mutants_of((ROOT / asked.module).read_text(encoding="utf-8"))
     if asked.lines:
@@ -312,7 +315,8 @@ def main() -> None:
     drawn = sorted(np.random.default_rng(asked.seed).choice(len(mutants), number, replace=False))
     _load_libraries()
     with tempfile.TemporaryDirectory() as folder:
-        tally, left = _tried(Path(folder).resolve(), asked.module, [mutants[k] for k in drawn], asked.tests)
+        meet = partial(outcome, Path(folder).resolve(), asked.tests, asked.seconds)
+        tally, left = _tried(Path(folder).resolve(), asked.module, [mutants[k] for k in drawn], meet)
     killed = tally["killed"] + tally["clock"]
     how = "all" if number == len(mutants) else f"seed {asked.seed}"
     row = (asked.module, len(mutants), number, killed, tally["clock"], tally["survived"], f"{killed / number:.1%}", how)
@@ -337,7 +341,7 @@ def _load_libraries() -> None:
 Tried = tuple[Counter[str], list[Mutant]]
 
 
-def _tried(tree: Path, module: str, mutants: Sequence[Mutant], tests: Sequence[str]) -> Tried:
+def _tried(tree: Path, module: str, mutants: Sequence[Mutant], meet: Callable[[], str]) -> Tried:
     """How often each outcome came, and the survivors."""
     for part in _COPIED:
         (tree / part).parent.mkdir(parents=True, exist_ok=True)
@@ -346,7 +350,7 @@ def _tried(tree: Path, module: str, mutants: Sequence[Mutant], tests: Sequence[s
     path = tree / module
     path.write_text(ast.unparse(ast.parse(path.read_text(encoding="utf-8"))), encoding="utf-8")
     load_all_but(tree, module)
-    if outcome(tree, tests) != "survived":
+    if meet() != "survived":
         raise SystemExit("the tests fail without a mutant:\n" + (tree / "output.txt").read_text())
     sys.dont_write_bytecode, os.environ["PYTHONDONTWRITEBYTECODE"] = True, "1"
     for stale in path.parent.glob(f"__pycache__/{path.stem}.*"):
@@ -354,7 +358,7 @@ def _tried(tree: Path, module: str, mutants: Sequence[Mutant], tests: Sequence[s
     tally, left = Counter[str](), []
     for number, mutant in enumerate(mutants):
         path.write_text(mutant.source, encoding="utf-8")
-        began, found = time.monotonic(), outcome(tree, tests)
+        began, found = time.monotonic(), meet()
         tally["killed" if found == "broken" else found] += 1
         left += [mutant] if found == "survived" else []
         seconds = time.monotonic() - began
