@@ -1,4 +1,4 @@
-"""Convolution and GroupNorm by the compiled kernels, as functions that autograd can follow.
+"""Convolutions and norms by the compiled kernels, as functions that autograd can follow.
 
 Images are kept in the order [height, width, channels, batch] ("lanes"): a tensor [B, C, H, W] with other steps, which
 torch's own functions take like any other. Functions here take any order and give lanes.
@@ -35,7 +35,8 @@ class Stage:
         stride: Of the convolution, by height and width.
         padding: With zeros, by height and width.
         groups: Of the convolution.
-        sets: Groups of the GroupNorm; 0 if none follows, and then nothing does.
+        sets: Groups of channels with statistics of their own; 0 if no norm follows, and then nothing does.
+        shared: Whether the batch shares statistics (BatchNorm in training); else each example has its own (GroupNorm).
         eps: Added to the variance.
         relu: Whether ReLU follows.
         pool: 2 if the maximum of 2 x 2 pixels follows, else 1.
@@ -45,6 +46,7 @@ class Stage:
     padding: Pair
     groups: int
     sets: int = 0
+    shared: bool = False
     eps: float = 0.0
     relu: bool = False
     pool: int = 1
@@ -57,7 +59,7 @@ def _kernels() -> ctypes.CDLL:
     found.fm_keep_memory()
     found.fm_lanes.restype = size
     found.fm_to_lanes.argtypes = [at, at, *[size] * 5, at]
-    found.fm_stage_forward.argtypes = [at, at, ctypes.c_double, *[at] * 9]
+    found.fm_stage_forward.argtypes = [at, at, ctypes.c_double, *[at] * 10]
     found.fm_stage_backward.argtypes = [at] * 15
     found.fm_peak_forward.argtypes = found.fm_peak_backward.argtypes = [size, size, at, at, at]
     return found
@@ -77,7 +79,7 @@ def _agrees() -> bool:
     draws = torch.arange(16 * 3 * 6 * 6, dtype=torch.float32)
     x = (draws * 0.7).sin().view(16, 3, 6, 6)
     weight = (draws[:135] * 1.3).cos().view(5, 3, 3, 3)
-    ours = _shown(_run(_stored(x), weight, None, None, None, _alone((1, 1), (1, 1), 1))[0], 16)
+    ours = _shown(_run(_stored(x), weight, None, None, _alone((1, 1), (1, 1), 1), 16)[0], 16)
     return torch.allclose(ours, functional.conv2d(x, weight, padding=1), rtol=1e-4, atol=1e-4)
 
 
@@ -115,7 +117,7 @@ Ints = Any  # an array of C integers
 
 @lru_cache(maxsize=1024)
 def _shapes(
-    stage: Stage, x: tuple[int, ...], weight: tuple[int, ...], steps: tuple[int, ...]
+    stage: Stage, x: tuple[int, ...], weight: tuple[int, ...], steps: tuple[int, ...], batch: int
 ) -> tuple[Ints, Ints | None, Pair, Pair]:
     """The kernels' `Shape` and `Norm`, and the sizes of the convolution's output and of the stage's.
 
@@ -124,15 +126,17 @@ def _shapes(
         x: Shape of the stored input, [H, W, C, L].
         weight: Shape of the weight.
         steps: Strides of the weight.
+        batch: Number of examples, at most L.
     """
     (height, width, _, lanes), (outer, inner, *kernel) = x, weight
     given = zip((height, width), stage.padding, kernel, stage.stride, strict=True)
     out = [(n + 2 * p - k) // s + 1 for n, p, k, s in given]
     small = kernel == [3, 3] and stage.stride == (1, 1) and max(stage.padding) <= 2
     tile = TILE if small and inner >= 8 else 0
-    each = (inner, outer // stage.groups, height, width, *out, *kernel)
-    shape = _ints(lanes, stage.groups, *each, *stage.stride, *stage.padding, *steps, tile)
-    norm = _ints(lanes, outer, stage.sets, *out, int(stage.relu), stage.pool) if stage.sets else None
+    sizes = (inner, outer // stage.groups, height, width, *out, *kernel)
+    shape = _ints(lanes, stage.groups, *sizes, *stage.stride, *stage.padding, *steps, tile)
+    each = (lanes, outer, stage.sets, *out, int(stage.relu), stage.pool, batch if stage.shared else 0)
+    norm = _ints(*each) if stage.sets else None
     return shape, norm, (out[0], out[1]), (out[0] // stage.pool, out[1] // stage.pool)
 
 
@@ -140,21 +144,33 @@ def _ints(*numbers: int) -> Ints:
     return (ctypes.c_int64 * len(numbers))(*numbers)
 
 
+@dataclass(frozen=True)
+class Affine:
+    """What a norm multiplies by and adds, [channels] each.
+
+    BatchNorm leaves mean and unbiased variance of the batch in `moments`, [2, channels].
+    """
+
+    gain: Tensor
+    shift: Tensor
+    moments: Tensor | None = None
+
+
 def _run(
-    x: Tensor, weight: Tensor, bias: Tensor | None, gain: Tensor | None, shift: Tensor | None, stage: Stage
+    x: Tensor, weight: Tensor, bias: Tensor | None, norm: Affine | None, stage: Stage, batch: int
 ) -> tuple[Tensor, Tensor | None]:
     """The stage's output as stored, and what backward needs of a norm: y, mean and rate, one after another."""
-    shape, norm, size, out_size = _shapes(stage, x.shape, weight.shape, weight.stride())
+    shape, norm_shape, size, out_size = _shapes(stage, x.shape, weight.shape, weight.stride(), batch)
     channels, lanes = weight.shape[0], x.shape[3]
     out = x.new_empty(*out_size, channels, lanes)
     given = (x.data_ptr(), weight.data_ptr(), bias.data_ptr() if bias is not None else None)
-    if norm is None or gain is None or shift is None:
-        nothing = (None,) * 2
-        _check(_kernels().fm_stage_forward(shape, None, 0.0, *given, *nothing, out.data_ptr(), *nothing, None))
+    if norm is None:
+        _check(_kernels().fm_stage_forward(shape, None, 0.0, *given, None, None, out.data_ptr(), *[None] * 4))
         return out, None
     kept = x.new_empty((size[0] * size[1] * channels + 2 * stage.sets) * lanes)
-    inside = (gain.data_ptr(), shift.data_ptr(), *_parts(kept, stage.sets * lanes))
-    _check(_kernels().fm_stage_forward(shape, norm, stage.eps, *given, *inside, out.data_ptr()))
+    inside = (norm.gain.data_ptr(), norm.shift.data_ptr(), *_parts(kept, stage.sets * lanes))
+    moments = norm.moments.data_ptr() if norm.moments is not None else None
+    _check(_kernels().fm_stage_forward(shape, norm_shape, stage.eps, *given, *inside, moments, out.data_ptr()))
     return out, kept
 
 
@@ -165,7 +181,7 @@ def _parts(kept: Tensor, statistics: int) -> tuple[int, int, int]:
 
 
 class _Stage(torch.autograd.Function):
-    """A convolution, and what follows it if the stage has sets: GroupNorm, and perhaps ReLU and a maximum of 2 x 2."""
+    """A convolution, and what follows it if the stage has sets: a norm, and perhaps ReLU and a maximum of 2 x 2."""
 
     @staticmethod
     def forward(
@@ -175,10 +191,12 @@ class _Stage(torch.autograd.Function):
         bias: Tensor | None,
         gain: Tensor | None,
         shift: Tensor | None,
+        moments: Tensor | None,
         stage: Stage,
     ) -> Tensor:
         stored = _stored(x)
-        out, kept = _run(stored, weight, bias, gain, shift, stage)
+        norm = None if gain is None or shift is None else Affine(gain, shift, moments)
+        out, kept = _run(stored, weight, bias, norm, stage, x.shape[0])
         ctx.save_for_backward(stored, weight, gain, shift, kept)
         ctx.stage = stage
         return _shown(out, x.shape[0])
@@ -188,7 +206,7 @@ class _Stage(torch.autograd.Function):
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, gain, shift, kept = ctx.saved_tensors
         stage, needed, dout = ctx.stage, ctx.needs_input_grad, _stored(slope)
-        shape, norm, _, _ = _shapes(stage, x.shape, weight.shape, weight.stride())
+        shape, norm, _, _ = _shapes(stage, x.shape, weight.shape, weight.stride(), slope.shape[0])
         dx = torch.empty_like(x) if needed[0] else None
         dw = torch.empty_like(weight) if needed[1] else None
         db = x.new_empty(weight.shape[0]) if needed[2] else None
@@ -200,7 +218,7 @@ class _Stage(torch.autograd.Function):
         slopes = [None if tensor is None else tensor.data_ptr() for tensor in (dx, dw, db, dgain, dshift)]
         given = (x.data_ptr(), weight.data_ptr(), *inside, dout.data_ptr(), *slopes)
         _check(_kernels().fm_stage_backward(shape, norm, *given))
-        return None if dx is None else _shown(dx, slope.shape[0]), dw, db, dgain, dshift, None
+        return None if dx is None else _shown(dx, slope.shape[0]), dw, db, dgain, dshift, None, None
 
 
 def takes(x: Tensor, *tensors: Tensor | None) -> bool:
@@ -225,7 +243,7 @@ def conv2d(
     padding, stride = _pair(padding), _pair(stride)
     if not (takes(inputs, weight, bias) and _fits(inputs, weight, padding, groups)):
         return functional.conv2d(inputs, weight, bias, stride, padding, groups=groups)
-    return staged(inputs, weight, bias, None, None, _alone(stride, padding, groups))
+    return staged(inputs, weight, bias, None, _alone(stride, padding, groups))
 
 
 @cache
@@ -248,15 +266,15 @@ def staged(
     inputs: Float[Tensor, "B I H W"],
     weight: Float[Tensor, "O J h w"],
     bias: Float[Tensor, " O"] | None,
-    gain: Float[Tensor, " O"] | None,
-    shift: Float[Tensor, " O"] | None,
+    norm: Affine | None,
     stage: Stage,
 ) -> Float[Tensor, "B O X Y"]:
-    """Convolution, GroupNorm with `gain` and `shift`, and what else the stage names, in one step.
+    """Convolution, norm, and what else the stage names, in one step.
 
     Only for what `takes` says yes to.
     """
-    y: Tensor = _Stage.apply(inputs, weight, bias, gain, shift, stage)  # type: ignore[no-untyped-call]
+    inside = (None, None, None) if norm is None else (norm.gain, norm.shift, norm.moments)
+    y: Tensor = _Stage.apply(inputs, weight, bias, *inside, stage)  # type: ignore[no-untyped-call]
     return y
 
 

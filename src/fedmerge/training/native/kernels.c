@@ -819,16 +819,31 @@ static int conv_backward_weights(const Shape *s, const float *x, const float *dy
     return 0;
 }
 
-/* --- GroupNorm, ReLU and 2 x 2 maximum ---------------------------------------------------------------------------- */
+/* --- GroupNorm or BatchNorm, ReLU and 2 x 2 maximum --------------------------------------------------------------- */
 
 /* The same order as in functions.py. */
 typedef struct {
     int64_t lanes, channels, sets; /* sets: groups of channels with statistics of their own */
     int64_t height, width, relu, pool; /* pool: 2 for the maximum of 2 x 2 pixels, else 1 */
+    int64_t batch;                     /* BatchNorm: how many examples share statistics, a set per channel; else 0 */
 } Norm;
 
+/* From each example's means and sums of squares to the batch's mean and variance, the same in all lanes; mean and
+ * unbiased variance also in `moments`, [2][channels]. */
+static void share_statistics(const Norm *s, float count, float *mean, float *squares, float *moments) {
+    for (int64_t c = 0; c < s->channels; c++, mean += s->lanes, squares += s->lanes) {
+        double middle = 0, sum = 0;
+        for (int64_t b = 0; b < s->batch; b++) middle += mean[b];
+        middle /= s->batch;
+        for (int64_t b = 0; b < s->batch; b++) sum += squares[b] + count * (mean[b] - middle) * (mean[b] - middle);
+        float all = count * s->batch, variance = sum / all;
+        moments[c] = middle, moments[s->channels + c] = sum / (all - 1);
+        for (int64_t b = 0; b < s->lanes; b++) mean[b] = middle, squares[b] = variance;
+    }
+}
+
 /* Means and 1 / deviations, [sets][lanes] each. Rows are joined by the formula of Chan, Golub & LeVeque (1979). */
-static void statistics(const Norm *s, const float *y, float eps, float *mean, float *rate, float *row) {
+static void statistics(const Norm *s, const float *y, float eps, float *mean, float *rate, float *moments, float *row) {
     int64_t lanes = s->lanes, members = s->channels / s->sets, size = s->sets * lanes;
     float each = s->width * members, count = 0;
     float *row_square = row + size;
@@ -859,7 +874,10 @@ static void statistics(const Norm *s, const float *y, float eps, float *mean, fl
         }
         count += each;
     }
-    for (int64_t i = 0; i < size; i++) rate[i] = 1 / sqrtf(rate[i] / count + eps);
+    if (s->batch) share_statistics(s, count, mean, rate, moments);
+    else
+        for (int64_t i = 0; i < size; i++) rate[i] /= count;
+    for (int64_t i = 0; i < size; i++) rate[i] = 1 / sqrtf(rate[i] + eps);
 }
 
 /* NaN stays NaN, as in torch. */
@@ -868,12 +886,12 @@ INLINE mask beats(vec z, vec best) { return ~(z <= best) & (best == best); }
 
 /* out [height / pool][width / pool][channels][lanes] */
 static int normalised(const Norm *s, double eps, const float *y, const float *gain, const float *bias, float *mean,
-                    float *rate, float *out) {
+                      float *rate, float *moments, float *out) {
     int64_t lanes = s->lanes, members = s->channels / s->sets, pixel = s->channels * lanes, row = s->width * pixel;
     int64_t rows = 2 * s->sets * lanes;
     float *scales = scratch(&for_steps, 2 * pixel + rows), *shifts = scales + pixel;
     if (!scales) return 1;
-    statistics(s, y, eps, mean, rate, shifts + pixel);
+    statistics(s, y, eps, mean, rate, moments, shifts + pixel);
     for (int64_t c = 0; c < s->channels; c++)
         for (int64_t v = 0; v < lanes; v += VL) {
             int64_t at = c / members * lanes + v;
@@ -956,7 +974,16 @@ INLINE void norm_backward(const Norm *s, int pool, int relu, const float *y, con
     /* dy = scale dz - rate (mean of gain dz + normalised y x mean of gain dz x normalised y) */
     float each = 1.f / (members * s->height * s->width);
     float *levels = row_sums, *tilts = row_products;
-    for (int64_t g = 0; g < s->sets; g++)
+    if (s->batch) {
+        each /= s->batch;
+        memset(levels, 0, 2 * pixel * sizeof(float));
+        for (int64_t c = 0; c < s->channels; c++)
+            for (int64_t b = 0; b < s->batch; b++) {
+                float own = rate[c * lanes + b], scale = -each * own * gain[c];
+                levels[c * lanes + b] = scale * bias_slope[c];
+                tilts[c * lanes + b] = scale * own * gain_slope[c];
+            }
+    } else for (int64_t g = 0; g < s->sets; g++)
         for (int64_t v = 0; v < lanes; v += VL) {
             vec sum = zero(), product = zero();
             for (int64_t c = g * members; c < (g + 1) * members; c++)
@@ -1014,13 +1041,14 @@ static int normalised_backward(const Norm *s, const float *y, const float *gain,
 
 /* --- a convolution and what follows it ---------------------------------------------------------------------------- */
 
-/* y = x * weights + bias; with a norm also out, and mean and rate [sets][lanes]. Returns 1 if memory is short. */
+/* y = x * weights + bias; with a norm also out, and mean and rate [sets][lanes]; with BatchNorm also moments
+ * [2][channels]. Returns 1 if memory is short. */
 int fm_stage_forward(const Shape *s, const Norm *norm, double eps, const float *x, const float *weights,
                      const float *bias, const float *gain, const float *shift, float *y, float *mean, float *rate,
-                     float *out) {
+                     float *moments, float *out) {
     if (convolve(s, 0, x, weights, y)) return 1;
     if (bias) add_bias(s->out_height * s->out_width, s->groups * s->outer, s->lanes, bias, y);
-    return norm ? normalised(norm, eps, y, gain, shift, mean, rate, out) : 0;
+    return norm ? normalised(norm, eps, y, gain, shift, mean, rate, moments, out) : 0;
 }
 
 /* Slopes from dout, on whatever is not NULL; without a norm dout is dy. Returns 1 if memory is short. */

@@ -1,14 +1,15 @@
-"""A network whose convolutions and the GroupNorms behind them go through the compiled kernels."""
+"""A network whose convolutions and the norms behind them go through the compiled kernels."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from fedmerge.core.vector import twin
-from fedmerge.training.native.functions import Stage, available, conv2d, largest, staged, takes
+from fedmerge.training.native.functions import Affine, Stage, available, conv2d, largest, staged, takes
 
 
 class Convolution(nn.Module):
@@ -125,7 +126,7 @@ def _runs(children: list[nn.Module]) -> Iterator[tuple[int, int, Stage | None]]:
 def _stage_at(children: list[nn.Module]) -> tuple[Stage | None, int]:
     """The stage that these children begin with, and how many they are."""
     convolution, norm = [*children, None, None][:2]
-    if not isinstance(convolution, nn.Conv2d) or not isinstance(norm, nn.GroupNorm):
+    if not isinstance(convolution, nn.Conv2d) or not isinstance(norm, (nn.GroupNorm, nn.BatchNorm2d)):
         return None, 1
     if not is_plain(convolution) or not _is_norm(norm):
         return None, 1
@@ -138,7 +139,8 @@ def _stage_at(children: list[nn.Module]) -> tuple[Stage | None, int]:
         stride=_stride(convolution),
         padding=_padding(convolution),
         groups=convolution.groups,
-        sets=norm.num_groups,
+        sets=norm.num_groups if isinstance(norm, nn.GroupNorm) else norm.num_features,
+        shared=isinstance(norm, nn.BatchNorm2d),
         eps=norm.eps,
         relu=relu,
         pool=2 if pool else 1,
@@ -146,8 +148,13 @@ def _stage_at(children: list[nn.Module]) -> tuple[Stage | None, int]:
     return stage, size
 
 
-def _is_norm(module: nn.Module) -> bool:
-    return type(module) is nn.GroupNorm and module.affine and not _is_watched(module)
+def _is_norm(module: nn.GroupNorm | nn.BatchNorm2d) -> bool:
+    """Whether the kernels know this norm: GroupNorm, or BatchNorm with a running mean, both with gain and shift."""
+    if not module.affine or _is_watched(module):
+        return False
+    if type(module) is nn.BatchNorm2d:
+        return module.track_running_stats and module.momentum is not None
+    return type(module) is nn.GroupNorm
 
 
 def _halves(module: nn.Module) -> bool:
@@ -183,8 +190,24 @@ def _in_order(children: list[nn.Module], x: Tensor) -> Tensor:
 
 def _fused(run: list[nn.Module], x: Tensor, stage: Stage) -> Tensor:
     """The run as one step, or one by one where the kernels cannot take what they are given."""
-    convolution, norm = cast("tuple[nn.Conv2d, nn.GroupNorm]", run[:2])
+    convolution, norm = cast("tuple[nn.Conv2d, nn.GroupNorm | nn.BatchNorm2d]", run[:2])
     weight, bias, gain, shift = convolution.weight, convolution.bias, norm.weight, norm.bias
     if not takes(x, weight, bias, gain, shift) or x.shape[1] != convolution.in_channels:
         return _in_order(run, x)
-    return staged(x, weight, bias, gain, shift, stage)
+    if isinstance(norm, nn.GroupNorm):
+        return staged(x, weight, bias, Affine(gain, shift), stage)
+    if not norm.training or len(x) < 2:
+        return _in_order(run, x)
+    moments = gain.new_empty(2, norm.num_features)
+    out = staged(x, weight, bias, Affine(gain, shift, moments), stage)
+    _remember(norm, moments)
+    return out
+
+
+@torch.no_grad()
+def _remember(norm: nn.BatchNorm2d, moments: Tensor) -> None:
+    """Moves the running mean and variance towards this batch's."""
+    momentum = cast("float", norm.momentum)
+    cast("Tensor", norm.running_mean).lerp_(moments[0], momentum)
+    cast("Tensor", norm.running_var).lerp_(moments[1], momentum)
+    cast("Tensor", norm.num_batches_tracked).add_(1)
