@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fedmerge._version import __version__
 from fedmerge.core.errors import FedmergeError, UsageError
-from fedmerge.core.files import write_atomically
+from fedmerge.core.files import make_folder, write_atomically
 from fedmerge.core.protocol import Batches, Task
 from fedmerge.core.randomness import generator
 from fedmerge.core.strict_json import parse_json_table, read_bounded
@@ -32,6 +32,7 @@ from fedmerge.core.vector import Layout
 from fedmerge.data import Examples, FederatedData
 from fedmerge.data.cache import cache_folder
 from fedmerge.runtime import Engine, Folded, Sequential, Vectorised
+from fedmerge.runtime.place import HERE, Place
 from fedmerge.runtime.rounds import plain_training
 from fedmerge.training import Descent, LocalTraining, Planned, draw_batches
 from fedmerge.training.folded.fold import form_of, looks_at_numbers, why_not
@@ -52,6 +53,8 @@ _FOLDS = (2, 4, 8, 16, 32, 64)
 _GAIN = 0.95
 """A faster engine is taken if it needs at most this share of the sequential one's time."""
 _CONVOLUTIONS_AT_ONCE = 4
+_PATIENCE = 0.5
+"""Seconds that a measurement may take to be repeated."""
 
 
 @dataclass(frozen=True)
@@ -68,16 +71,18 @@ class Choice:
     most: int | None = None
     why: str = ""
 
-    def engine(self, module: nn.Module, layout: Layout, descent: Descent, objective: Objective) -> Engine:
+    def engine(
+        self, module: nn.Module, layout: Layout, descent: Descent, objective: Objective, place: Place = HERE
+    ) -> Engine:
         """Such an engine.
 
         Raises:
             UsageError: if it cannot run the network.
         """
         if self.runtime == "sequential":
-            return Sequential(module, layout, descent, objective=objective)
+            return Sequential(module, layout, descent, objective=objective, place=place)
         kind = Folded if self.runtime == "folded" else Vectorised
-        return kind(module, layout, descent, objective=objective, most=self.most)
+        return kind(module, layout, descent, objective=objective, most=self.most, place=place)
 
 
 def objective_of(data: FederatedData) -> Objective:
@@ -88,7 +93,13 @@ def objective_of(data: FederatedData) -> Objective:
 
 
 def choose_engine(
-    runtime: Runtime, module: nn.Module, layout: Layout, descent: Descent, data: FederatedData, most: int | None = None
+    runtime: Runtime,
+    module: nn.Module,
+    layout: Layout,
+    descent: Descent,
+    data: FederatedData,
+    most: int | None = None,
+    place: Place = HERE,
 ) -> tuple[Engine, Choice]:
     """The engine that was asked for; for ``auto`` that of the rule.
 
@@ -102,11 +113,12 @@ def choose_engine(
         descent: The local optimiser.
         data: The clients, in the run's precision.
         most: Clients at once, if that was asked for.
+        place: Where clients are computed.
 
     Raises:
         UsageError: if an engine was asked for and does not give the sequential numbers.
     """
-    trial = Trial(module, layout, descent, data)
+    trial = Trial(module, layout, descent, data, place)
     if runtime != "auto":
         return trial.asked(runtime, most)
     reason = "the rule for networks like this"
@@ -142,6 +154,7 @@ def fastest_engine(
     data: FederatedData,
     work: Workload,
     most: int | None = None,
+    place: Place = HERE,
 ) -> tuple[Engine, Choice]:
     """`choose_engine`, but for ``auto`` and a long run by measurement.
 
@@ -153,22 +166,24 @@ def fastest_engine(
         data: The clients, in the run's precision.
         work: What the run has to do.
         most: Clients at once, if that was asked for.
+        place: Where clients are computed.
     """
     if runtime != "auto" or has_dropout(module):
-        return choose_engine(runtime, module, layout, descent, data, most)
-    trial = Trial(module, layout, descent, data)
+        return choose_engine(runtime, module, layout, descent, data, most, place)
+    trial = Trial(module, layout, descent, data, place)
     if _operations(trial, data, work) < _LONG:
-        return choose_engine(runtime, module, layout, descent, data, most)
-    path = cache_folder() / "engines" / f"{_key(module, layout, descent, data, work, most)}.json"
+        return choose_engine(runtime, module, layout, descent, data, most, place)
+    path = cache_folder() / "engines" / f"{_key(module, layout, descent, data, work, most, place)}.json"
     choice = _remembered(path)
     if choice is None:
         choice = _measured(trial, data, work, most)
         log.info("engine: %s (%s)", choice.runtime, choice.why)
         try:
+            make_folder(path.parent)
             write_atomically(path, json.dumps(asdict(choice)))
         except OSError as error:
             log.info("what was measured could not be kept: %s", error)
-    return choice.engine(module, layout, descent, trial.objective), choice
+    return choice.engine(module, layout, descent, trial.objective, place), choice
 
 
 # ---------------------------------------------------------------- trying
@@ -182,12 +197,15 @@ class Trial:
         layout: Of the module.
         descent: The local optimiser.
         data: The clients, in the run's precision.
+        place: Where clients are computed.
     """
 
-    def __init__(self, module: nn.Module, layout: Layout, descent: Descent, data: FederatedData) -> None:
-        self.module, self.layout, self.descent = module, layout, descent
+    def __init__(
+        self, module: nn.Module, layout: Layout, descent: Descent, data: FederatedData, place: Place = HERE
+    ) -> None:
+        self.place, self.module, self.layout, self.descent = place, module, layout, descent
         self.objective = objective_of(data)
-        self.sequential: Engine = Sequential(module, layout, descent, objective=self.objective)
+        self.sequential: Engine = Sequential(module, layout, descent, objective=self.objective, place=place)
         self._examples = data.clients[0].train
 
     def asked(self, runtime: str, most: int | None) -> tuple[Engine, Choice]:
@@ -201,7 +219,7 @@ class Trial:
             return self.sequential, replace(choice, most=None)
         if runtime == "folded" and most is None and form_of(self.module, self.layout) == "channels":
             choice = replace(choice, most=_CONVOLUTIONS_AT_ONCE)
-        choice.engine(self.module, self.layout, self.descent, self.objective)  # says itself why it refuses a network
+        self._engine(choice, self.place)  # says itself why it refuses a network
         found = self.tried(choice)
         if isinstance(found, str):
             raise UsageError(
@@ -213,12 +231,15 @@ class Trial:
     def tried(self, choice: Choice) -> Engine | str:
         """The engine, or why it cannot stand in for the sequential one."""
         try:
-            engine = choice.engine(self.module, self.layout, self.descent, self.objective)
+            engine = self._engine(choice, self.place)
         except UsageError as error:
             return str(error)
         if choice.runtime == "folded" and self._looks_at_numbers():
             return "looks at numbers in its tensors, which would be those of several clients"
-        return self._disagreement(engine) or engine
+        return self._disagreement(choice) or engine
+
+    def _engine(self, choice: Choice, place: Place) -> Engine:
+        return choice.engine(self.module, self.layout, self.descent, self.objective, place)
 
     def _looks_at_numbers(self) -> bool:
         try:
@@ -226,8 +247,8 @@ class Trial:
         except Exception:  # whatever torch says about a user's module: the trial that follows tells
             return False
 
-    def _disagreement(self, engine: Engine) -> str | None:
-        """Why its numbers are not those of the sequential engine; None if both make the same step.
+    def _disagreement(self, choice: Choice) -> str | None:
+        """Why its numbers are not those of the sequential engine; None if both make the same step, in full precision.
 
         Two clients of different vectors; of unequal size where batches may be padded, so that padding is tried too.
         """
@@ -237,13 +258,14 @@ class Trial:
         moved = start.clone()
         moved[: self.layout.num_trainable] += 0.1 * shift * start[: self.layout.num_trainable].abs()
         arguments = list(zip((start, moved), self._batches(), strict=True))
+        exact = Place(self.place.device)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error")  # torch warns where it would fall back to a slow loop
-                found = engine.map(step_and_loss, arguments)
+                found = self._engine(choice, exact).map(step_and_loss, arguments)
         except Exception as error:  # whatever torch says about a user's module
             return f"it fails ({type(error).__name__}: {str(error).splitlines()[0][:200]})"
-        wanted = self.sequential.map(step_and_loss, arguments)
+        wanted = self._engine(Choice("sequential"), exact).map(step_and_loss, arguments)
         close = all(
             torch.allclose(a, b, rtol=0, atol=1e-3 * float(b.abs().max()) + 1e-6)
             for ours, theirs in zip(found, wanted, strict=True)
@@ -297,17 +319,15 @@ def _measured(trial: Trial, data: FederatedData, work: Workload, most: int | Non
     """The fastest of the engines that give the sequential numbers."""
     times = {Choice("sequential"): _milliseconds(trial.sequential, trial, data, work, 1)}
     size = min(64, max(1, round(work.fraction * len(data.clients))))
-    for choices in (_folds(trial, most, size), [Choice("vectorised", most)]):
+    for choice in _folds(trial, most, size) or [Choice("vectorised", most)]:
         best = min(times.values())
-        for choice in choices:
-            found = trial.tried(choice)
-            if isinstance(found, str):
-                log.info("%s does not run %s, because it %s", type(trial.module).__name__, choice.runtime, found)
-                break
-            times[choice] = _milliseconds(found, trial, data, work, min(choice.most or size, size))
-            if times[choice] > 1.1 * best:
-                break
-            best = min(best, times[choice])
+        found = trial.tried(choice)
+        if isinstance(found, str):
+            log.info("%s does not run %s, because it %s", type(trial.module).__name__, choice.runtime, found)
+            break
+        times[choice] = _milliseconds(found, trial, data, work, min(choice.most or size, size))
+        if times[choice] > 1.1 * best:
+            break
     fastest = min(times, key=lambda choice: times[choice])
     if times[fastest] > _GAIN * times[Choice("sequential")]:
         fastest = Choice("sequential")
@@ -328,19 +348,20 @@ def _folds(trial: Trial, most: int | None, size: int) -> Sequence[Choice]:
 
 
 def _milliseconds(engine: Engine, trial: Trial, data: FederatedData, work: Workload, clients: int) -> float:
-    """Processor time per step of a client, the best of three after one that warms up."""
+    """Processor time per step of a client, the best of up to three after one that warms up."""
     few = _few_steps(work.training)
     chosen = [data.clients[i % len(data.clients)].train for i in range(clients)]
     plans = [Planned(examples, few, 1e-3, 0, 1, i) for i, examples in enumerate(chosen)]
     start, steps = trial.layout.read(trial.module), sum(len(plan.sizes()) for plan in plans)
 
     def once() -> float:
-        began = time.process_time()
-        engine.map(plain_training, [(start, plan) for plan in plans])
-        return time.process_time() - began
+        clock = time.process_time if trial.place.is_here else time.perf_counter
+        began = clock()
+        engine.map(plain_training, [(start, plan) for plan in plans])  # gives vectors on the CPU: it has ended
+        return clock() - began
 
-    once()
-    return 1000 * min(once() for _ in range(3)) / steps
+    warm = once()
+    return 1000 * min(once() for _ in range(3 if warm < _PATIENCE else 1)) / steps
 
 
 def _few_steps(training: LocalTraining) -> LocalTraining:
@@ -360,7 +381,13 @@ def _remembered(path: Path) -> Choice | None:
 
 
 def _key(
-    module: nn.Module, layout: Layout, descent: Descent, data: FederatedData, work: Workload, most: int | None
+    module: nn.Module,
+    layout: Layout,
+    descent: Descent,
+    data: FederatedData,
+    work: Workload,
+    most: int | None,
+    place: Place,
 ) -> str:
     """What a measurement depends on, as the name of a file."""
     facts = [
@@ -370,9 +397,13 @@ def _key(
         repr(_few_steps(work.training)),
         [list(data.clients[0].train.inputs.shape[1:]), str(data.clients[0].train.inputs.dtype), data.kind],
         [round(work.fraction * len(data.clients)), most],
-        [torch.__version__, __version__, _processor()],
+        [torch.__version__, __version__, _processor(), _card(place), place.arithmetic],
     ]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
+
+
+def _card(place: Place) -> str:
+    return torch.cuda.get_device_name(place.device) if place.device.type == "cuda" else place.device.type
 
 
 def _processor() -> str:

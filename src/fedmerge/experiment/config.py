@@ -57,7 +57,10 @@ class RunOptions:
     buffers: Literal["merge", "local", "recalibrate"] = option(
         "merge", help="whose BatchNorm statistics a client's model has"
     )
-    precision: Literal["float32", "float64"] = option("float32", help="of inputs and parameters")
+    precision: Literal["float32", "float64", "tf32", "bfloat16"] = option(
+        "float32", help="of inputs and parameters; with tf32 and bfloat16 products alone have fewer bits"
+    )
+    device: str = option("cpu", help="where clients are computed, cpu or cuda; the server stays on the cpu")
     head: str | None = option(None, help="sub-module that is the output layer; the last one with parameters by default")
     frozen: tuple[str, ...] = option((), help="sub-modules whose parameters are neither trained nor sent")
     keep: tuple[str, ...] = option(
@@ -84,7 +87,7 @@ class RunOptions:
     @property
     def dtype(self) -> torch.dtype:
         """Of inputs and parameters: `precision` as torch knows it."""
-        return {"float32": torch.float32, "float64": torch.float64}[self.precision]
+        return torch.float64 if self.precision == "float64" else torch.float32
 
 
 OPTION_TABLES: dict[str, type] = {

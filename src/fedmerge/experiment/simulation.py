@@ -50,6 +50,7 @@ from fedmerge.runtime import (
     run_round,
     score,
 )
+from fedmerge.runtime.place import Place, device_of
 from fedmerge.training import LocalTraining, Planned, Tally, one_pass, rate_of_round
 
 log = logging.getLogger(__name__)
@@ -182,13 +183,13 @@ def _engine_of(
     choice: Choice | None,
 ) -> tuple[Engine, Choice]:
     """The engine that was chosen before, or is chosen now."""
-    descent = training.descent()
+    descent, place = training.descent(), Place(device_of(options.device), options.precision)
     if choice is not None:
-        return choice.engine(module, layout, descent, objective_of(data)), choice
+        return choice.engine(module, layout, descent, objective_of(data), place), choice
     runtime = runtime_for(training, options.runtime, module, layout)
     work = Workload(training, options.rounds, options.fraction)
     with one_thread():
-        return fastest_engine(runtime, module, layout, descent, data, work, options.fold)
+        return fastest_engine(runtime, module, layout, descent, data, work, options.fold, place)
 
 
 def _passes(training: LocalTraining, data: FederatedData) -> tuple[int, ...]:

@@ -59,6 +59,11 @@ def spread(
     """
     if options.workers == 1 and options.cluster is None:
         return engine
+    if options.device != "cpu":
+        raise UsageError(
+            f"workers: got {options.workers} with device {options.device!r}, on which one process computes many "
+            "clients at once; leave workers and cluster out"
+        )
     if has_dropout(module):
         raise UsageError(DRAWS)
     facts = FederatedData((), data.class_names, kind=data.kind, class_tasks=data.class_tasks)

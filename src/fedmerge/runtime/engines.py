@@ -6,6 +6,8 @@ much cheaper for small networks, equal to rounding error in float64 (tested for 
 
 from __future__ import annotations
 
+import copy
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any, Protocol, runtime_checkable
@@ -18,6 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from fedmerge.core.errors import UsageError
 from fedmerge.core.protocol import Batch, Batches, stack, take
 from fedmerge.core.vector import Layout
+from fedmerge.runtime.place import HERE, Place
 from fedmerge.training.batches import Planned, drawn_together, step_sizes
 from fedmerge.training.folded.fold import why_not
 from fedmerge.training.folded.task import FoldedTask
@@ -32,6 +35,8 @@ from fedmerge.training.task import (
     measured_buffers,
     measuring_twin,
 )
+
+log = logging.getLogger(__name__)
 
 _CHUNK_NUMBERS = 1 << 20
 """Parameters of all clients of a chunk together; measured on perceptrons of 7,000 and 51,000 parameters."""
@@ -69,9 +74,19 @@ class Sequential:
         layout: Of the module.
         descent: The local optimiser.
         objective: What outputs are held against.
+        place: Where clients are computed.
     """
 
-    def __init__(self, module: nn.Module, layout: Layout, descent: Descent, *, objective: Objective = CLASSES) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        layout: Layout,
+        descent: Descent,
+        *,
+        objective: Objective = CLASSES,
+        place: Place = HERE,
+    ) -> None:
+        module, self._place = _moved(module, place), place
         self._task = ModuleTask(module, layout, descent, objective=objective)
         self._twin = self._task
         self._of_examples = cache(lambda: ExampleGradients(module, layout, objective))  # made if one asks for it
@@ -80,14 +95,19 @@ class Sequential:
 
     def map(self, function: ClientFunction, clients: Sequence[tuple[Any, ...]]) -> list[Any]:
         """Calls `function` client by client; the task of a client whose examples are protected is a `PrivateTask`."""
-        return [self._of_client(function, _with_drawn(arguments)) for arguments in clients]
+        with self._place.computing():
+            return [self._of_client(function, arguments) for arguments in clients]
 
     def _of_client(self, function: ClientFunction, arguments: tuple[Any, ...]) -> Any:
-        return function(protected_task(self._task, self._of_examples, arguments), *arguments)
+        arguments = _with_drawn(self._place.there(arguments))
+        task = protected_task(self._task, self._of_examples, arguments)
+        return self._place.back(function(task, *arguments))
 
     def measured_buffers(self, clients: Sequence[tuple[Tensor, Batches]]) -> list[Tensor]:
         """Statistics of each client's own batches."""
-        return [measured_buffers(self._twin.gradient, params, batches) for params, batches in clients]
+        there = (self._place.there(arguments) for arguments in clients)
+        with self._place.computing():
+            return [self._place.back(measured_buffers(self._twin.gradient, *arguments)) for arguments in there]
 
 
 class Vectorised:
@@ -103,6 +123,8 @@ class Vectorised:
         descent: The local optimiser.
         objective: What outputs are held against.
         most: Clients in one chunk at most; by default 16 to 64, so that their vectors stay near the processor's caches.
+            Where memory does not suffice, chunks are halved.
+        place: Where clients are computed.
 
     Raises:
         UsageError: for a network with dropout, whose draws would differ from the sequential ones.
@@ -119,8 +141,10 @@ class Vectorised:
         *,
         objective: Objective = CLASSES,
         most: int | None = None,
+        place: Place = HERE,
     ) -> None:
         self._refuse(module, layout)
+        module, self._place = _moved(module, place), place
         self._task = type(self).task(module, layout, descent, objective=objective)
         self._paddable, self._twin = not is_batch_coupled(module), self._task
         if not self._paddable:
@@ -142,12 +166,31 @@ class Vectorised:
 
     def _mapped(self, task: FunctionalTask, function: ClientFunction, clients: Sequence[tuple[Any, ...]]) -> list[Any]:
         results: list[Any] = [None] * len(clients)
-        for chunk in self.chunks(clients):
-            stacked = _stacked([clients[i] for i in chunk])
-            outputs = vmap(lambda arguments: function(task, *arguments))(stacked)
-            for place, i in enumerate(chunk):
-                results[i] = take(outputs, place)
+        with self._place.computing():
+            for chunk in self.chunks(clients):
+                for part, outputs in self._of_chunk(task, function, clients, chunk):
+                    for k, i in enumerate(part):
+                        results[i] = take(outputs, k)
         return results
+
+    def _of_chunk(
+        self, task: FunctionalTask, function: ClientFunction, clients: Sequence[tuple[Any, ...]], chunk: list[int]
+    ) -> Iterator[tuple[list[int], Any]]:
+        """Which clients ran together, and what they gave; both halves of a chunk for which memory does not suffice."""
+        try:
+            stacked = self._place.there(_stacked([self._place.with_examples(clients[i]) for i in chunk]))
+            outputs = self._place.back(vmap(lambda arguments: function(task, *arguments))(stacked))
+        except torch.cuda.OutOfMemoryError:
+            if len(chunk) == 1:
+                raise
+            outputs = None  # what it holds is given back before the halves begin
+        if outputs is not None:
+            yield chunk, outputs
+            return
+        half = self._most = len(chunk) // 2
+        log.warning("memory does not suffice for %d clients at once; going on with %d", len(chunk), half)
+        for part in (chunk[:half], chunk[half:]):
+            yield from self._of_chunk(task, function, clients, part)
 
     def measured_buffers(self, clients: Sequence[tuple[Tensor, Batches]]) -> list[Tensor]:
         """Statistics of each client's own batches."""
@@ -186,6 +229,7 @@ class Folded(Vectorised):
         descent: The local optimiser.
         objective: What outputs are held against.
         most: Clients in one chunk at most; as for `Vectorised` by default.
+        place: Where clients are computed.
 
     Raises:
         UsageError: for a network that cannot be folded, with the reason.
@@ -201,6 +245,11 @@ class Folded(Vectorised):
             raise UsageError(
                 f"runtime 'folded' cannot run {type(module).__name__}: {reason}; use runtime 'auto' or 'sequential'"
             )
+
+
+def _moved(module: nn.Module, place: Place) -> nn.Module:
+    """The module itself, or a copy where clients are computed."""
+    return module if place.is_here else copy.deepcopy(module).to(place.device)
 
 
 def _are_batches(argument: Any) -> bool:

@@ -127,6 +127,11 @@ def _remember(seen: list[Tensor]) -> Callable[[Tensor], Tensor]:
     return change
 
 
+def _device(module: nn.Module) -> torch.device:
+    """Where a module's parameters are."""
+    return next(module.parameters()).device
+
+
 def _of_one(batches: Batches) -> Batches:
     """The batches of one client with a client axis."""
     return tuple(Batch(*(tensor[None] for tensor in batch)) for batch in batches)
@@ -153,7 +158,7 @@ class ModuleTask:
         tensors = [*self._module.named_parameters(), *self._module.named_buffers()]
         self._own = {name: tensor for name, tensor in tensors if name in wanted}
         links = dense.chain_of(module, layout) if objective is CLASSES else None
-        self._dense = None if links is None else DenseFold(layout, 1, links)
+        self._dense = None if links is None else DenseFold(layout, 1, links, device=_device(module))
         odd = [slot for slot in layout.slots if slot.dtype != layout.dtype]
         self._is_cast = any(slot.role != "buffer" for slot in odd)
         self._odd = [slot for slot in odd if slot.role == "buffer"]

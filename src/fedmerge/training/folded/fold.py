@@ -157,7 +157,7 @@ class Fold(ABC):
         self._load(params, training=True)
         centre = None if towards is None else self._in_storage_order(towards[:, :T])
         descending = Descending(descent, self._storage[: self.clients * T], pull=pull, towards=centre)
-        alike = _rates_are_alike(batches)
+        alike = self._storage.device.type == "cpu" and _rates_are_alike(batches)  # elsewhere a look is a wait
         for batch in batches:
             self._backward(batch)
             descending.step(self._slopes, batch.lr[0] if alike else self._rates(batch.lr))
@@ -285,8 +285,8 @@ def _of_all(part: Float[Tensor, "K n"], slot: Slot) -> Tensor:
 class DenseFold(Fold):
     """A fold of perceptrons, whose gradient has a closed form (see `training.dense`): no autograd, no new vectors."""
 
-    def __init__(self, layout: Layout, clients: int, links: dense.Chain) -> None:
-        super().__init__(layout, clients, CLASSES, None)
+    def __init__(self, layout: Layout, clients: int, links: dense.Chain, *, device: torch.device | None = None) -> None:
+        super().__init__(layout, clients, CLASSES, device)
         self._chain = links
         slots = layout.slots
         self._weights = {slot.name: _of_all(part, slot) for slot, part in zip(slots, self._parts, strict=True)}
@@ -296,11 +296,13 @@ class DenseFold(Fold):
         pass  # perceptrons are the same in both
 
     def outputs(self, inputs: Float[Tensor, "K B ..."]) -> Float[Tensor, "K B C"]:
-        """What the perceptrons give."""
-        return dense.outputs(self._chain, self._weights, inputs.flatten(2))[1]
+        """What the perceptrons give; never in fewer bits than their vectors have."""
+        with torch.autocast(inputs.device.type, enabled=False):
+            return dense.outputs(self._chain, self._weights, inputs.flatten(2))[1]
 
     def _backward(self, batch: Batch, offset: Tensor | None = None) -> Tensor:
-        return dense.write_slopes(self._chain, self._weights, self._into, batch, offset)
+        with torch.autocast(batch.inputs.device.type, enabled=False):
+            return dense.write_slopes(self._chain, self._weights, self._into, batch, offset)
 
 
 def fold_of(
@@ -312,7 +314,7 @@ def fold_of(
     device: torch.device | None = None,
 ) -> Fold:
     """The fastest fold of `clients` networks like `module`."""
-    links = dense.chain_of(module, layout) if objective is CLASSES and device is None else None
+    links = dense.chain_of(module, layout) if objective is CLASSES else None
     if links is not None:
-        return DenseFold(layout, clients, links)
+        return DenseFold(layout, clients, links, device=device)
     return ModuleFold(module, layout, clients, objective, device)
