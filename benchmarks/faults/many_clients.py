@@ -113,9 +113,8 @@ def main(num_clients: int, rounds: int) -> None:
             _given_back()
             after.append(anonymous() - base)
     limit = 1.2 * D * P * 8 + 200 * num_clients
-    print(
-        "    python benchmarks/faults/many_clients.py > benchmarks/results/faults/many_clients.md\n\n# Many clients\n"
-    )
+    command = f"python benchmarks/faults/many_clients.py {num_clients} {rounds}"
+    print(f"    {command} > benchmarks/results/faults/many_clients.md\n\n# Many clients\n")
     print(f"{num_clients:,} clients, {SHARE:.0%} in each of {rounds} rounds, d = {D}, P = {P:,}, default defences,")
     print(f"updates of one client in a hundred cut; {time.perf_counter() - began:.0f} s.")
     print(f"Limit: 1.2 · d·P·8 B + 200 B per client = {limit / 1e6:.1f} MB.\n")

@@ -54,9 +54,8 @@ HEAD = 0.065
 TENSORS = 20
 SLAB = 1 << 25
 AT_MOST = 20.0
-"""Seconds of one repeat up to which there are `REPEATS`; two above."""
-REPEATS = 5
-PATIENCE = 120
+"""Seconds of one repeat up to which all repeats are made; two above."""
+PATIENCE = 60
 """Seconds after which the authors' step is given up."""
 Step = Callable[[], Any]
 
@@ -205,18 +204,18 @@ def within(seconds: int, work: Step) -> float:
 # ---------------------------------------------------------------- comparison
 
 
-def compare(size: Size, folder: Path, patience: int) -> dict[str, list[float]]:
+def compare(size: Size, folder: Path, repeats: int) -> dict[str, list[float]]:
     """Seconds of every repeat, all ways in turn."""
     replies, examples = problem(size)
     ways: dict[str, Callable[[], float]] = {
         "ours": partial(_seconds, our_step(size, replies, examples)),
         "official": partial(_seconds, our_step(size, replies, examples, "official")),
         "gemm": partial(gemm_seconds, size),
-        "authors": partial(within, patience, authors_step(folder, size, replies, examples)),
+        "authors": partial(within, PATIENCE, authors_step(folder, size, replies, examples)),
     }
     ways["ours"]()  # pages and libraries
     found: dict[str, list[float]] = {name: [] for name in ways}
-    for repeat in range(REPEATS):
+    for repeat in range(repeats):
         for name, way in ways.items():
             first = found[name][0] if repeat else 0.0
             if first <= AT_MOST or (repeat < 2 and math.isfinite(first)):
@@ -243,7 +242,7 @@ def _field(file: str, name: str) -> int:
     return int(next(row for row in Path(file).read_text().splitlines() if row.startswith(name)).split()[1])
 
 
-def grown(size: Size) -> dict[str, float] | None:
+def grown(size: Size, repeats: int) -> dict[str, float] | None:
     """Seconds of a step (median), and bytes at its highest above replies and state; None if it does not fit."""
     if needed(size) > 0.7 * available():
         return None
@@ -256,7 +255,7 @@ def grown(size: Size) -> dict[str, float] | None:
     before = _field("/proc/self/status", "VmRSS")
     times = [_seconds(step)]
     peak = 1024 * (_field("/proc/self/status", "VmHWM") - before)
-    times += [_seconds(step) for _ in range(REPEATS - 1 if times[0] <= AT_MOST else 1)]
+    times += [_seconds(step) for _ in range(repeats - 1 if times[0] <= AT_MOST else 1)]
     print(size, f"{median(times):.4f} s {peak / 1e6:.1f} MB", file=sys.stderr, flush=True)
     return {"seconds": median(times), "bytes": float(max(peak, 4096))}
 
@@ -270,6 +269,7 @@ def slope(sizes: Sequence[float], values: Sequence[float]) -> float:
 
 
 Grown = dict[str, list[tuple[Size, dict[str, float] | None]]]
+Found = dict[Size, dict[str, list[float]]]
 LEFT, TALL, WIDE, GAP = 56.0, 140.0, 190.0, 36.0
 
 
@@ -343,18 +343,16 @@ def slope_rows(found: Grown) -> Iterator[str]:
         yield f"| {axis} | {' | '.join(cells)} |"
 
 
-def page(
-    found: Mapping[Size, Mapping[str, list[float]]], growth: Grown, rates: Mapping[str, float], seconds: float
-) -> str:
+def page(found: Found, growth: Grown, rates: Mapping[str, float], repeats: int, seconds: float) -> str:
     """The whole page."""
     parts = [
-        "`OMP_NUM_THREADS=1 python benchmarks/speed/server_step.py authors`",
+        f"`OMP_NUM_THREADS=1 python benchmarks/speed/server_step.py authors --repeats {repeats}`",
         "",
         "# The server step",
         "",
         "Merging, merging weights and models of one round in which every client replies; float32 vectors, sums in",
-        "float64, default defences; one thread, all ways in turn, medians of 5 repeats (2 where one takes more than",
-        f"{AT_MOST:.0f} s). Took {seconds:.0f} s beside other work on two cores.",
+        f"float64, default defences; one thread, all ways in turn, medians of {repeats} repeats (2 where one takes",
+        f"more than {AT_MOST:.0f} s). Took {seconds:.0f} s beside other work on two cores.",
         "",
         f"This machine reads {rates['read']:.1f} GB/s, writes {rates['write']:.1f} GB/s to fresh memory, and",
         f"multiplies square matrices at {rates['float32']:.0f} (float32) and {rates['float64']:.0f} (float64) GFLOP/s.",
@@ -388,32 +386,50 @@ def page(
     return "\n".join(parts) + "\n"
 
 
-def main() -> int:
-    """Measures and writes the page, its figure and the raw numbers."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("authors", type=Path, help="a clone of the authors' code")
-    parser.add_argument("--only", type=int, help="number of the compared size, for a trial")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/speed"))
-    given = parser.parse_args()
-    torch.set_num_threads(1)
-    began, rates = time.perf_counter(), machine()
-    growth: Grown = {axis: [(size, grown(size)) for size in sizes] for axis, sizes in GROWTH.items()}
-    sizes = COMPARED if given.only is None else COMPARED[given.only : given.only + 1]
-    found = {size: compare(size, given.authors, PATIENCE) for size in sizes}
-    given.out.mkdir(parents=True, exist_ok=True)
-    raw = {
+def raw(found: Found, growth: Grown, rates: Mapping[str, float]) -> dict[str, Any]:
+    """All numbers as plain data; infinity is null."""
+    return {
         "machine": rates,
-        "compared": [{"size": size, "seconds": ways} for size, ways in found.items()],
+        "compared": [
+            {
+                "size": size,
+                "seconds": {
+                    name: [value if math.isfinite(value) else None for value in values] for name, values in ways.items()
+                },
+            }
+            for size, ways in found.items()
+        ],
         "growth": [
             {"grows": axis, "size": size, **(rest or {"fits": False})}
             for axis, points in growth.items()
             for size, rest in points
         ],
     }
-    (given.out / "server_step.json").write_text(json.dumps(raw, indent=1) + "\n", encoding="utf-8")
-    (given.out / "server_step.svg").write_text(str(figure(growth)), encoding="utf-8")
-    text_of_page = page(found, growth, rates, time.perf_counter() - began)
-    (given.out / "server_step.md").write_text(text_of_page, encoding="utf-8")
+
+
+def write(folder: Path, numbers: Mapping[str, Any], drawing: Markup, words: str) -> None:
+    """Numbers, figure and page, anew after every size."""
+    (folder / "server_step.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+    (folder / "server_step.svg").write_text(str(drawing), encoding="utf-8")
+    (folder / "server_step.md").write_text(words, encoding="utf-8")
+
+
+def main() -> int:
+    """Measures and writes the page, its figure and the raw numbers."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("authors", type=Path, help="a clone of the authors' code")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/speed"))
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    given.out.mkdir(parents=True, exist_ok=True)
+    began, rates = time.perf_counter(), machine()
+    growth: Grown = {axis: [(size, grown(size, given.repeats)) for size in sizes] for axis, sizes in GROWTH.items()}
+    found: Found = {}
+    for size in COMPARED:
+        found[size] = compare(size, given.authors, given.repeats)
+        took = time.perf_counter() - began
+        write(given.out, raw(found, growth, rates), figure(growth), page(found, growth, rates, given.repeats, took))
     return 0
 
 

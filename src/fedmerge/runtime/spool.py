@@ -51,10 +51,10 @@ class Spool:
     """Takes the admitted replies of one round, in any order, and gives them as one update in client order.
 
     Each tensor of the update is one file, mapped into memory, in which every client of the cohort has its place; the
-    system may write it out and drop it from memory at any time. A server step reads them a block at a time and as
-    often as its method needs: FedMerge twice, once for the merging weights and once for the models, whose shares are
-    those of the new weights. With ``order="together"`` the models take the old weights, which are known before the
-    first reply comes.
+    system may write it out and drop it from memory at any time. A server step goes over them a block at a time and as
+    often as its method needs. FedMerge's default order, weights first, needs all of them before the models move, whose
+    shares are those of the new weights; with ``order="together"`` the shares are known before the first reply comes, up
+    to a division at the end.
 
     Args:
         folder: Where the files lie; they are made anew.
