@@ -31,12 +31,15 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import rivals_page
 import torch
+from rivals_layout import fastest, layers_by_layout
 from rivals_tree import cpu_seconds, descendants, hold
 from torch import nn
 from workloads import WORKLOADS, Workload, flops_per_step, num_parameters, workload_of
@@ -222,6 +225,8 @@ def measured(workload: Workload, asked: argparse.Namespace) -> dict[str, Any]:
         for contestant in contestants:
             contestant.end()
     limits.append(machine_limits(asked.core))
+    with only_on(asked.core):
+        layers = layers_by_layout(workload) if len(workload.shape) == 3 else {}
     trainable, parameters = num_parameters(workload)
     return {
         "workload": {
@@ -232,9 +237,11 @@ def measured(workload: Workload, asked: argparse.Namespace) -> dict[str, Any]:
             "flops_per_step": flops_per_step(workload),
         },
         "machine": {"cpu": cpu_name(), "cores": len(ALL_CORES), "limits": limits},
+        "layers": layers,
         "load": {"before": load, "after": os.getloadavg()},
         "seconds": time.time() - began,
         "versions": {"fedmerge": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "commit": commit(),
         "command": shlex.join(["python", "benchmarks/speed/rivals.py", *asked.told]),
         "repeats": asked.repeats,
         "preliminary": asked.preliminary,
@@ -282,31 +289,33 @@ def summary(contestant: Contestant) -> dict[str, Any]:
 
 def machine_limits(core: int) -> dict[str, float]:
     """What one core reaches now: GFLOP/s of float32 products of 1024 x 1024 in two ways of torch, GB/s of a copy."""
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {core})
     torch.set_num_threads(1)
     a, b = torch.ones(1024, 1024), torch.ones(1024, 1024)
     pixels, layer = torch.ones(1, 1024, 32, 32), nn.Conv2d(1024, 1024, 1, bias=False)
     source, target = torch.ones(1 << 26), torch.empty(1 << 26)
-    with torch.no_grad():
-        found = {
+    with torch.no_grad(), only_on(core):
+        return {
             "gflops_matrix_product": 2 * 1024**3 / fastest(lambda: torch.mm(a, b)) / 1e9,
             "gflops_convolution_1x1": 2 * 1024**3 / fastest(lambda: layer(pixels)) / 1e9,
             "gbytes_copied": 2 * source.nbytes / fastest(lambda: target.copy_(source), times=5) / 1e9,
         }
-    os.sched_setaffinity(0, before)
-    return found
 
 
-def fastest(run: Any, times: int = 20) -> float:
-    """Processor seconds of the fastest of some calls."""
-    run()
-    seconds = []
-    for _ in range(times):
-        began = time.process_time()
-        run()
-        seconds.append(time.process_time() - began)
-    return min(seconds)
+@contextmanager
+def only_on(core: int) -> Iterator[None]:
+    """Within the block this process is held on one core."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {core})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def commit() -> str:
+    """Of the tree that is measured, marked if it was changed; empty where Git does not know it."""
+    asked = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
+    return subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def cpu_name() -> str:

@@ -22,6 +22,8 @@ NOTES = {
     "pfl": "FederatedAveraging; does not shuffle",
     "blazefl": "FedAvg with the serial trainer",
 }
+SEEN = 0.05
+"""Milliseconds below which a kind of layer is not shown."""
 LEAST_PART = 0.03
 """Of a contestant's time: differences of parts below this are not named."""
 
@@ -63,7 +65,7 @@ def _section(found: Found) -> str:
     work, limits = found["workload"], _limits(found)
     lines = [
         f"## {work['name']}\n",
-        f"Command: `{found['command']}`; fedmerge {found['versions']['fedmerge']}, torch {found['versions']['torch']}, "
+        f"Command: `{found['command']}`; fedmerge {found['versions']['fedmerge']} {found.get('commit', '')}, torch {found['versions']['torch']}, "
         f"Python {found['versions']['python']}; {found['machine']['cpu']}, {found['machine']['cores']} cores; load "
         f"average {found['load']['before'][0]:.1f} before and {found['load']['after'][0]:.1f} after; "
         f"{found['repeats']} repeats, {found['seconds']:.0f} s in all.\n",
@@ -77,13 +79,26 @@ def _section(found: Found) -> str:
         *[f"\n`{name}` did not take part: {reason}." for name, reason in found["absent"].items()],
         "\n### What the gaps are made of\n",
         "Measured by changing one thing of the plain loop at a time, and by a round of each contestant in which the "
-        "calls that do its parts are timed (parts do not overlap). Processor milliseconds per client-step.\n",
+        "calls that do its parts are timed (parts do not overlap); for images also by each kind of layer alone, forward "
+        "and backward, in both layouts. Processor milliseconds per client-step.\n",
         *_parts_table(found),
+        *_layers_table(found),
         "",
         *[f"- {sentence}" for sentence in _sentences(found)],
         "",
     ]
     return "\n".join(lines)
+
+
+def _layers_table(found: Found) -> list[str]:
+    """Layers of the network by layout; nothing where inputs are no images."""
+    layers = found.get("layers")
+    if not layers:
+        return []
+    kinds = [kind for kind in layers["channels_first"] if max(by[kind] for by in layers.values()) >= SEEN]
+    lines = [f"\n| layout | {' | '.join(kinds)} |", "|---|" + "---|" * len(kinds)]
+    lines += [f"| {layout} | {' | '.join(f'{by[kind]:.3f}' for kind in kinds)} |" for layout, by in layers.items()]
+    return lines
 
 
 def _limits(found: Found) -> dict[str, float]:
