@@ -65,7 +65,8 @@ def _section(found: Found) -> str:
     work, limits = found["workload"], _limits(found)
     lines = [
         f"## {work['name']}\n",
-        f"Command: `{found['command']}`; fedmerge {found['versions']['fedmerge']} {found.get('commit', '')}, torch {found['versions']['torch']}, "
+        f"Command: `{found['command']}`; fedmerge {found['versions']['fedmerge']} {found.get('commit', '')}, "
+        f"torch {found['versions']['torch']}, "
         f"Python {found['versions']['python']}; {found['machine']['cpu']}, {found['machine']['cores']} cores; load "
         f"average {found['load']['before'][0]:.1f} before and {found['load']['after'][0]:.1f} after; "
         f"{found['repeats']} repeats, {found['seconds']:.0f} s in all.\n",
@@ -79,8 +80,8 @@ def _section(found: Found) -> str:
         *[f"\n`{name}` did not take part: {reason}." for name, reason in found["absent"].items()],
         "\n### What the gaps are made of\n",
         "Measured by changing one thing of the plain loop at a time, and by a round of each contestant in which the "
-        "calls that do its parts are timed (parts do not overlap); for images also by each kind of layer alone, forward "
-        "and backward, in both layouts. Processor milliseconds per client-step.\n",
+        "calls that do its parts are timed (parts do not overlap); for images also by each kind of layer alone, "
+        "forward and backward, in both layouts. Processor milliseconds per client-step.\n",
         *_parts_table(found),
         *_layers_table(found),
         "",
