@@ -89,7 +89,7 @@ def _our_works(inner: int, outer: int, side: int, tile: int) -> tuple[Work, Work
     stage = functions._alone((1, 1), (1, 1), 1)
     x, dy = _draw(side, side, inner, BATCH, seed=0), _draw(side, side, outer, BATCH, seed=2)
     weight = _draw(outer, inner, 3, 3, seed=1).contiguous(memory_format=torch.channels_last)
-    shape = functions._shapes(stage, x.shape, weight.shape, weight.stride())[0]
+    shape = functions._shapes(stage, x.shape, weight.shape, weight.stride(), BATCH)[0]
     y, dx, dw = torch.empty_like(dy), torch.empty_like(x), torch.empty_like(weight)
     kernels = functions._kernels()
     at_x, at_w, at_dy = x.data_ptr(), weight.data_ptr(), dy.data_ptr()
@@ -100,7 +100,7 @@ def _our_works(inner: int, outer: int, side: int, tile: int) -> tuple[Work, Work
         return kernels.fm_stage_backward(shape, None, at_x, at_w, *empty, at_dy, *slopes, None, None, None)
 
     def forward() -> object:
-        return kernels.fm_stage_forward(shape, None, 0.0, at_x, at_w, None, None, None, y.data_ptr(), None, None, None)
+        return kernels.fm_stage_forward(shape, None, 0.0, at_x, at_w, None, None, None, y.data_ptr(), *[None] * 4)
 
     return forward, lambda: backward(dx, None), lambda: backward(None, dw)
 

@@ -17,6 +17,12 @@ from fedmerge.training.native import functions
 REASON = native.available()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"no compiled kernels: {REASON}")
 
+
+@pytest.fixture(autouse=True)
+def _small_batches_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(functions, "FEWEST_EXAMPLES", 1)
+
+
 # batch, groups, channels in and out of a group, height, width, kernel, stride, padding
 SHAPES = {
     "as in the first layer": (32, 1, 3, 8, 32, 32, (3, 3), 1, 1),
@@ -164,13 +170,16 @@ def test_only_what_is_asked_for_gets_a_slope(needs: tuple[bool, bool]) -> None:
     assert (x.grad is not None, weight.grad is not None) == needs
 
 
-def test_what_the_kernels_cannot_take_goes_to_torch() -> None:
+def test_what_the_kernels_cannot_take_goes_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight, bias, how = _case("two clients")
     doubles = native.conv2d(x.double(), weight.double(), bias.double(), **how)
     assert torch.equal(doubles, functional.conv2d(x.double(), weight.double(), bias.double(), **how))
-    many = x.repeat(4, 1, 1, 1)
+    many = x.repeat(8, 1, 1, 1)
     assert len(many) > functions.MOST_EXAMPLES
     assert torch.equal(native.conv2d(many, weight, bias, **how), functional.conv2d(many, weight, bias, **how))
+    monkeypatch.setattr(functions, "FEWEST_EXAMPLES", 8)
+    assert torch.equal(native.conv2d(x[:7], weight, bias, **how), functional.conv2d(x[:7], weight, bias, **how))
+    assert not torch.equal(native.conv2d(x[:8], weight, bias, **how), functional.conv2d(x[:8], weight, bias, **how))
     assert native.conv2d(x[:0], weight, bias, **how).shape == (0, 32, 8, 8)
     with pytest.raises(RuntimeError, match="channels"):
         native.conv2d(x[:, :3], weight, bias, **how)

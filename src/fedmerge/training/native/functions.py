@@ -21,8 +21,8 @@ from fedmerge.training.native.build import NoKernelsError, library
 
 TILE = 4
 """Outputs a side of a Winograd tile: 4 is fastest, 2 errs less than torch itself, 0 is the plain sum."""
-MOST_EXAMPLES = 64
-"""Batches beyond this no longer fit the cache between the steps of a kernel; torch takes them."""
+FEWEST_EXAMPLES, MOST_EXAMPLES = 8, 128
+"""Sizes of the batches for which the kernels are measured to be faster than torch; torch takes all others."""
 
 Pair = tuple[int, int]
 
@@ -225,7 +225,8 @@ def takes(x: Tensor, *tensors: Tensor | None) -> bool:
     """Whether the kernels can take these tensors: float32 images on the CPU, batches of a fitting size."""
     given = [x, *(tensor for tensor in tensors if tensor is not None)]
     plain = all(tensor.dtype == torch.float32 and tensor.device.type == "cpu" for tensor in given)
-    return plain and x.ndim == 4 and x.numel() > 0 and x.shape[0] <= MOST_EXAMPLES and available() is None
+    fits = x.ndim == 4 and x.numel() > 0 and FEWEST_EXAMPLES <= x.shape[0] <= MOST_EXAMPLES
+    return plain and fits and available() is None
 
 
 def conv2d(
