@@ -290,6 +290,38 @@ def test_a_layer_that_stands_twice_is_used_twice() -> None:
     assert len(list(ours.parameters())) == len(list(plain.parameters()))
 
 
+def test_stages_that_follow_each_other_give_what_each_gives_alone() -> None:
+    first, second = _stage(True, True, 8, 2, False), _stage(False, True, 12, 3, True)
+    plain = nn.Sequential(first, nn.Sequential(second, nn.Sequential(nn.Identity())), nn.Flatten())
+    for batch in (32, 21):
+        x = _draw(batch, 8, 9, 8, seed=11)
+        whole, parts = native.accelerated(plain), [native.accelerated(first), native.accelerated(second)]
+        outputs = parts[1](parts[0](x)).flatten(1)
+        assert torch.equal(whole(x), outputs)
+        whole(x).square().sum().backward()
+        outputs.square().sum().backward()
+        alone = [parameter.grad for part in parts for parameter in part.parameters()]
+        assert all(torch.equal(a.grad, b) for a, b in zip(whole.parameters(), alone, strict=True))
+
+
+def test_an_image_that_is_too_small_gets_torchs_complaint() -> None:
+    plain = _stage(True, True, 8, 2, False)
+    for module in (plain, native.accelerated(plain)):
+        with pytest.raises(RuntimeError, match="too small"):
+            module(_draw(16, 8, 1, 1, seed=12))
+
+
+def test_a_weight_with_gaps_or_overlaps_is_taken() -> None:
+    x, weight, bias, how = _case("two clients")
+    apart = torch.stack([weight, weight], dim=-1)[..., 0]
+    assert torch.equal(native.conv2d(x, apart, bias, **how), native.conv2d(x, weight, bias, **how))
+    one = torch.ones(1, 1, 1, 1, requires_grad=True)
+    native.conv2d(x, one.expand(32, 8, 3, 3), bias, **how).sum().backward()
+    exact = torch.ones(1, 1, 1, 1, dtype=torch.float64, requires_grad=True)
+    functional.conv2d(x.double(), exact.expand(32, 8, 3, 3), bias.double(), **how).sum().backward()
+    assert torch.allclose(one.grad.double(), exact.grad, rtol=1e-4)
+
+
 def test_frozen_tensors_are_shared_and_get_no_slope() -> None:
     plain = _stage(False, True, 8, 2, False)
     plain[0].weight.requires_grad_(False)

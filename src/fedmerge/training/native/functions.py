@@ -7,9 +7,10 @@ torch's own functions take like any other. Functions here take any order and giv
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Float
@@ -79,7 +80,7 @@ def _agrees() -> bool:
     draws = torch.arange(16 * 3 * 6 * 6, dtype=torch.float32)
     x = (draws * 0.7).sin().view(16, 3, 6, 6)
     weight = (draws[:135] * 1.3).cos().view(5, 3, 3, 3)
-    ours = _shown(_run(_stored(x), weight, None, None, _alone((1, 1), (1, 1), 1), 16)[0], 16)
+    ours = _shown(_run(_stored(x), Link(_alone((1, 1), (1, 1), 1), weight), 16)[0], 16)
     return torch.allclose(ours, functional.conv2d(x, weight, padding=1), rtol=1e-4, atol=1e-4)
 
 
@@ -144,34 +145,61 @@ def _ints(*numbers: int) -> Ints:
     return (ctypes.c_int64 * len(numbers))(*numbers)
 
 
-@dataclass(frozen=True)
-class Affine:
-    """What a norm multiplies by and adds, [channels] each.
+class Link(NamedTuple):
+    """A stage with its tensors.
 
-    BatchNorm leaves mean and unbiased variance of the batch in `moments`, [2, channels].
+    Attributes:
+        stage: What is done.
+        weight: Of the convolution, [O, I, h, w].
+        bias: Of the convolution, [O].
+        gain: What the norm multiplies by, [O].
+        shift: What the norm adds, [O].
+        moments: Where BatchNorm leaves mean and unbiased variance of the batch, [2, O].
     """
 
-    gain: Tensor
-    shift: Tensor
+    stage: Stage
+    weight: Tensor
+    bias: Tensor | None = None
+    gain: Tensor | None = None
+    shift: Tensor | None = None
     moments: Tensor | None = None
 
 
-def _run(
-    x: Tensor, weight: Tensor, bias: Tensor | None, norm: Affine | None, stage: Stage, batch: int
-) -> tuple[Tensor, Tensor | None]:
+def _run(x: Tensor, link: Link, batch: int) -> tuple[Tensor, Tensor | None]:
     """The stage's output as stored, and what backward needs of a norm: y, mean and rate, one after another."""
-    shape, norm_shape, size, out_size = _shapes(stage, x.shape, weight.shape, weight.stride(), batch)
+    stage, weight, bias, gain, shift, moments = link
+    shape, norm, size, out_size = _shapes(stage, x.shape, weight.shape, weight.stride(), batch)
     channels, lanes = weight.shape[0], x.shape[3]
     out = x.new_empty(*out_size, channels, lanes)
     given = (x.data_ptr(), weight.data_ptr(), bias.data_ptr() if bias is not None else None)
-    if norm is None:
+    if gain is None or shift is None:
         _check(_kernels().fm_stage_forward(shape, None, 0.0, *given, None, None, out.data_ptr(), *[None] * 4))
         return out, None
     kept = x.new_empty((size[0] * size[1] * channels + 2 * stage.sets) * lanes)
-    inside = (norm.gain.data_ptr(), norm.shift.data_ptr(), *_parts(kept, stage.sets * lanes))
-    moments = norm.moments.data_ptr() if norm.moments is not None else None
-    _check(_kernels().fm_stage_forward(shape, norm_shape, stage.eps, *given, *inside, moments, out.data_ptr()))
+    inside = (gain.data_ptr(), shift.data_ptr(), *_parts(kept, stage.sets * lanes))
+    at_moments = moments.data_ptr() if moments is not None else None
+    _check(_kernels().fm_stage_forward(shape, norm, stage.eps, *given, *inside, at_moments, out.data_ptr()))
     return out, kept
+
+
+def _slopes(
+    x: Tensor, link: Link, kept: Tensor | None, dout: Tensor, batch: int, needed: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, ...]:
+    """Slopes on the stage's input (as stored), weight, bias, gain and shift; the first three where `needed`."""
+    stage, weight, _, gain, shift, _ = link
+    shape, norm, _, _ = _shapes(stage, x.shape, weight.shape, weight.stride(), batch)
+    dx = torch.empty_like(x) if needed[0] else None
+    dw = torch.empty_strided(weight.shape, weight.stride()) if needed[1] else None
+    db = x.new_empty(weight.shape[0]) if needed[2] else None
+    dgain = dshift = None
+    inside: tuple[int | None, ...] = (None,) * 5
+    if gain is not None and shift is not None and kept is not None:
+        dgain, dshift = torch.empty_like(gain), torch.empty_like(shift)
+        inside = (gain.data_ptr(), shift.data_ptr(), *_parts(kept, stage.sets * x.shape[3]))
+    slopes = (dx, dw, db, dgain, dshift)
+    at = [None if tensor is None else tensor.data_ptr() for tensor in slopes]
+    _check(_kernels().fm_stage_backward(shape, norm, x.data_ptr(), weight.data_ptr(), *inside, dout.data_ptr(), *at))
+    return slopes
 
 
 def _parts(kept: Tensor, statistics: int) -> tuple[int, int, int]:
@@ -180,53 +208,64 @@ def _parts(kept: Tensor, statistics: int) -> tuple[int, int, int]:
     return start, end - 8 * statistics, end - 4 * statistics
 
 
-class _Stage(torch.autograd.Function):
-    """A convolution, and what follows it if the stage has sets: a norm, and perhaps ReLU and a maximum of 2 x 2."""
+_OF_LINK = len(Link._fields) - 1
+
+
+class _Chain(torch.autograd.Function):
+    """One stage after another; its inputs are the image, the stages, and the tensors of each."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        gain: Tensor | None,
-        shift: Tensor | None,
-        moments: Tensor | None,
-        stage: Stage,
-    ) -> Tensor:
-        stored = _stored(x)
-        norm = None if gain is None or shift is None else Affine(gain, shift, moments)
-        out, kept = _run(stored, weight, bias, norm, stage, x.shape[0])
-        ctx.save_for_backward(stored, weight, gain, shift, kept)
-        ctx.stage = stage
-        return _shown(out, x.shape[0])
+    def forward(ctx: Any, x: Tensor, stages: tuple[Stage, ...], *tensors: Tensor | None) -> Tensor:
+        stored, kept = _stored(x), []
+        for i, stage in enumerate(stages):
+            link = Link(stage, *tensors[_OF_LINK * i : _OF_LINK * (i + 1)])  # type: ignore[arg-type]
+            out, inside = _run(stored, link, x.shape[0])
+            kept += [stored, inside]
+            stored = out
+        ctx.save_for_backward(*tensors, *kept)
+        ctx.stages = stages
+        return _shown(stored, x.shape[0])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, gain, shift, kept = ctx.saved_tensors
-        stage, needed, dout = ctx.stage, ctx.needs_input_grad, _stored(slope)
-        shape, norm, _, _ = _shapes(stage, x.shape, weight.shape, weight.stride(), slope.shape[0])
-        dx = torch.empty_like(x) if needed[0] else None
-        dw = torch.empty_like(weight) if needed[1] else None
-        db = x.new_empty(weight.shape[0]) if needed[2] else None
-        dgain = dshift = None
-        inside: tuple[int | None, ...] = (None,) * 5
-        if norm is not None:
-            dgain, dshift = torch.empty_like(gain), torch.empty_like(shift)
-            inside = (gain.data_ptr(), shift.data_ptr(), *_parts(kept, stage.sets * x.shape[3]))
-        slopes = [None if tensor is None else tensor.data_ptr() for tensor in (dx, dw, db, dgain, dshift)]
-        given = (x.data_ptr(), weight.data_ptr(), *inside, dout.data_ptr(), *slopes)
-        _check(_kernels().fm_stage_backward(shape, norm, *given))
-        return None if dx is None else _shown(dx, slope.shape[0]), dw, db, dgain, dshift, None, None
+        stages, batch, saved = ctx.stages, slope.shape[0], ctx.saved_tensors
+        tensors, kept = saved[: _OF_LINK * len(stages)], saved[_OF_LINK * len(stages) :]
+        dout: Tensor | None = _stored(slope)
+        found: list[Tensor | None] = []
+        for i in reversed(range(len(stages))):
+            first = 2 + _OF_LINK * i
+            needed = (i > 0 or ctx.needs_input_grad[0], *ctx.needs_input_grad[first : first + 2])
+            link = Link(stages[i], *tensors[_OF_LINK * i : _OF_LINK * (i + 1)])
+            dout, *own = _slopes(kept[2 * i], link, kept[2 * i + 1], cast("Tensor", dout), batch, needed)
+            found = [*own, None, *found]
+        return None if dout is None else _shown(dout, batch), None, *found
 
 
-def takes(x: Tensor, *tensors: Tensor | None) -> bool:
-    """Whether the kernels can take these tensors: float32 images on the CPU, batches of a fitting size."""
-    given = [x, *(tensor for tensor in tensors if tensor is not None)]
+def takes(x: Tensor, *links: Link) -> bool:
+    """Whether the kernels can take an image through these stages: float32 on the CPU, a batch of a fitting size."""
+    if x.ndim != 4 or not FEWEST_EXAMPLES <= x.shape[0] <= MOST_EXAMPLES:
+        return False
+    given = [x, *(tensor for link in links for tensor in link[1:] if tensor is not None)]
     plain = all(tensor.dtype == torch.float32 and tensor.device.type == "cpu" for tensor in given)
-    fits = x.ndim == 4 and x.numel() > 0 and FEWEST_EXAMPLES <= x.shape[0] <= MOST_EXAMPLES
-    return plain and fits and available() is None
+    small = all(tensor is None or tensor.is_contiguous() for link in links for tensor in link[2:])
+    sizes = tuple((link.stage, link.weight.shape, link.weight.stride()) for link in links)
+    return plain and small and _fits(tuple(x.shape[1:]), sizes) and available() is None
+
+
+@lru_cache(maxsize=1024)
+def _fits(image: tuple[int, ...], links: tuple[tuple[Stage, tuple[int, ...], tuple[int, ...]], ...]) -> bool:
+    """Whether the sizes agree and every stage has an output; torch words the complaint where they do not."""
+    channels, *sides = image
+    for stage, (outer, inner, *kernel), steps in links:
+        if channels != inner * stage.groups or outer % stage.groups or min(steps) < 1:
+            return False
+        given = zip(sides, stage.padding, kernel, stage.stride, strict=True)
+        sides = [((n + 2 * p - k) // s + 1) // stage.pool for n, p, k, s in given]
+        channels = outer
+        if min(sides) < 1:
+            return False
+    return min(image) > 0
 
 
 def conv2d(
@@ -241,10 +280,10 @@ def conv2d(
 
     A group's numbers do not depend on the other groups: clients folded into channels get the bits they get alone.
     """
-    padding, stride = _pair(padding), _pair(stride)
-    if not (takes(inputs, weight, bias) and _fits(inputs, weight, padding, groups)):
+    link = Link(_alone(_pair(stride), _pair(padding), groups), weight, bias)
+    if not takes(inputs, link):
         return functional.conv2d(inputs, weight, bias, stride, padding, groups=groups)
-    return staged(inputs, weight, bias, None, _alone(stride, padding, groups))
+    return chained(inputs, [link])
 
 
 @cache
@@ -256,26 +295,11 @@ def _pair(value: int | Pair) -> Pair:
     return (value, value) if isinstance(value, int) else value
 
 
-def _fits(inputs: Tensor, weight: Tensor, padding: Pair, groups: int) -> bool:
-    """Whether the sizes agree and there is an output; torch words the complaint where they do not."""
-    sizes = zip(inputs.shape[2:], padding, weight.shape[2:], strict=True)
-    agree = inputs.shape[1] == weight.shape[1] * groups and weight.shape[0] % groups == 0
-    return agree and all(size + 2 * pad >= kernel for size, pad, kernel in sizes)
-
-
-def staged(
-    inputs: Float[Tensor, "B I H W"],
-    weight: Float[Tensor, "O J h w"],
-    bias: Float[Tensor, " O"] | None,
-    norm: Affine | None,
-    stage: Stage,
-) -> Float[Tensor, "B O X Y"]:
-    """Convolution, norm, and what else the stage names, in one step.
-
-    Only for what `takes` says yes to.
-    """
-    inside = (None, None, None) if norm is None else (norm.gain, norm.shift, norm.moments)
-    y: Tensor = _Stage.apply(inputs, weight, bias, *inside, stage)  # type: ignore[no-untyped-call]
+def chained(inputs: Float[Tensor, "B I H W"], links: Sequence[Link]) -> Float[Tensor, "B O X Y"]:
+    """One stage after another, in one step for autograd. Only for what `takes` says yes to."""
+    tensors = [tensor for link in links for tensor in link[1:]]
+    stages = tuple(link.stage for link in links)
+    y: Tensor = _Chain.apply(inputs, stages, *tensors)  # type: ignore[no-untyped-call]
     return y
 
 

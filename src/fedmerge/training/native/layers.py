@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from fedmerge.core.vector import twin
-from fedmerge.training.native.functions import Affine, Stage, available, conv2d, largest, staged, takes
+from fedmerge.training.native.functions import Link, Stage, available, chained, conv2d, largest, takes
 
 
 class Convolution(nn.Module):
@@ -37,8 +38,31 @@ class Largest(nn.Module):
         return largest(x)
 
 
+@dataclass(frozen=True)
+class Run:
+    """Layers that make a stage.
+
+    Attributes:
+        stage: What they do.
+        layers: In order: a convolution, a norm, and perhaps ReLU and a maximum.
+    """
+
+    stage: Stage
+    layers: list[nn.Module]
+
+    def link(self) -> Link:
+        """The stage with its tensors; BatchNorm gets room for its moments."""
+        convolution, norm = cast("tuple[nn.Conv2d, nn.GroupNorm | nn.BatchNorm2d]", self.layers[:2])
+        moments = norm.weight.new_empty(2, norm.num_features) if isinstance(norm, nn.BatchNorm2d) else None
+        return Link(self.stage, convolution.weight, convolution.bias, norm.weight, norm.bias, moments)
+
+    def is_open(self, x: Tensor) -> bool:
+        """Whether the kernels know the norm in this mode: BatchNorm only in training, with examples to compare."""
+        return isinstance(self.layers[1], nn.GroupNorm) or (self.layers[1].training and len(x) > 1)
+
+
 class Staged(nn.Module):
-    """The children of a `nn.Sequential`, under the same names; runs of convolution, norm, ReLU and maximum in one step.
+    """The children of a `nn.Sequential`, under the same names; stages that follow each other are one step.
 
     Args:
         children: By name, in order.
@@ -48,22 +72,45 @@ class Staged(nn.Module):
         super().__init__()
         for name, child in children.items():
             self.add_module(name, child)
-        self._plan = list(_runs(list(children.values())))
+        self._plan = _plan(_leaves(self))
 
     def forward(self, x: Tensor) -> Tensor:
-        """One child after another."""
-        children = _children(self)
-        for start, stop, stage in self._plan:
-            run = children[start:stop]
-            x = _in_order(run, x) if stage is None else _fused(run, x, stage)
+        """One part of the plan after another."""
+        for part in self._plan:
+            x = part(x) if isinstance(part, nn.Module) else _in_one(part, x)
         return x
+
+
+def _in_one(runs: list[Run], x: Tensor) -> Tensor:
+    """The runs as one step, or layer by layer where the kernels cannot take what they are given."""
+    links = [run.link() for run in runs]
+    if not takes(x, *links) or not all(run.is_open(x) for run in runs):
+        for run in runs:
+            for layer in run.layers:
+                x = layer(x)
+        return x
+    out = chained(x, links)
+    for run, link in zip(runs, links, strict=True):
+        if link.moments is not None:
+            _remember(cast("nn.BatchNorm2d", run.layers[1]), link.moments)
+    return out
+
+
+@torch.no_grad()
+def _remember(norm: nn.BatchNorm2d, moments: Tensor) -> None:
+    """Moves the running mean and variance towards this batch's."""
+    momentum = cast("float", norm.momentum)
+    cast("Tensor", norm.running_mean).lerp_(moments[0], momentum)
+    cast("Tensor", norm.running_var).lerp_(moments[1], momentum)
+    cast("Tensor", norm.num_batches_tracked).add_(1)
 
 
 def accelerated(module: nn.Module) -> nn.Module:
     """A copy that computes the same by the compiled kernels wherever they fit, or `module` itself where there are none.
 
     Parameters and buffers keep their names, shapes and order; frozen parameters are shared with `module`. Training
-    needs first derivatives only: the result is not for ``torch.func`` or second derivatives.
+    needs first derivatives only: the result is not for ``torch.func`` or second derivatives. Hooks that are added to it
+    later see layers that are left as they were, not those that a step has taken in.
     """
     if available() is not None:
         return module
@@ -71,14 +118,8 @@ def accelerated(module: nn.Module) -> nn.Module:
 
 
 def _swapped(module: nn.Module) -> nn.Module:
-    if type(module) is nn.Sequential and not _is_watched(module) and _stages(module):
-        inside = dict(zip(module._modules, _children(module), strict=True))
-        fused = {
-            name for start, stop, stage in _runs(list(inside.values())) if stage for name in list(inside)[start:stop]
-        }
-        kept = {name: child if name in fused else _swapped(child) for name, child in inside.items()}
-        swapped: nn.Module = Staged(kept)
-        return swapped.train(module.training)
+    if _is_open(module):
+        return _swapped_sequence(module)
     if isinstance(module, nn.Conv2d):
         return Convolution(module).train(module.training) if is_plain(module) else module
     if _is_largest(module):
@@ -88,9 +129,79 @@ def _swapped(module: nn.Module) -> nn.Module:
     return module
 
 
+def _swapped_sequence(module: nn.Module) -> nn.Module:
+    """A sequence with its stages planned and every other layer swapped; its own class where it has no stage."""
+    runs = [run for part in _plan(_leaves(module)) if isinstance(part, list) for run in part]
+    _swap_leaves(module, {id(layer) for run in runs for layer in run.layers})
+    if not runs:
+        return module
+    staged: nn.Module = Staged(dict(zip(module._modules, _children(module), strict=True)))
+    return staged.train(module.training)
+
+
+def _swap_leaves(module: nn.Module, kept: set[int]) -> None:
+    for name, child in list(module._modules.items()):
+        if child is not None and _is_open(child):
+            _swap_leaves(child, kept)
+        elif child is not None and id(child) not in kept:
+            module._modules[name] = _swapped(child)
+
+
+def _is_open(module: nn.Module) -> bool:
+    """Whether this is a sequence and nothing else."""
+    return type(module) is nn.Sequential and not _is_watched(module)
+
+
 def _children(module: nn.Module) -> list[nn.Module]:
     """In order, with a module that stands twice; `nn.Module.children` would leave out the second."""
     return [child for child in module._modules.values() if child is not None]
+
+
+def _leaves(module: nn.Module) -> list[nn.Module]:
+    """The layers of a sequence and of the sequences in it."""
+    nested = [_leaves(child) if _is_open(child) else [child] for child in _children(module)]
+    return [leaf for part in nested for leaf in part]
+
+
+def _plan(layers: list[nn.Module]) -> list[nn.Module | list[Run]]:
+    """Layers that are called as they are, and stages that follow each other."""
+    plan: list[nn.Module | list[Run]] = []
+    for part in _parts(layers):
+        if isinstance(part, Run) and plan and isinstance(plan[-1], list):
+            plan[-1].append(part)
+        else:
+            plan.append([part] if isinstance(part, Run) else part)
+    return plan
+
+
+def _parts(layers: list[nn.Module]) -> Iterator[nn.Module | Run]:
+    at = 0
+    while at < len(layers):
+        run = _run_at(layers[at:])
+        yield layers[at] if run is None else run
+        at += 1 if run is None else len(run.layers)
+
+
+def _run_at(layers: list[nn.Module]) -> Run | None:
+    """The stage that these layers begin with."""
+    convolution, norm = [*layers, None, None][:2]
+    if not isinstance(convolution, nn.Conv2d) or not isinstance(norm, (nn.GroupNorm, nn.BatchNorm2d)):
+        return None
+    if not is_plain(convolution) or not _is_plain_norm(norm):
+        return None
+    relu = len(layers) > 2 and type(layers[2]) is nn.ReLU and not _is_watched(layers[2])
+    pool = len(layers) > 2 + relu and _halves(layers[2 + relu])
+    stage = Stage(
+        stride=_stride(convolution),
+        padding=_padding(convolution),
+        groups=convolution.groups,
+        sets=norm.num_groups if isinstance(norm, nn.GroupNorm) else norm.num_features,
+        shared=isinstance(norm, nn.BatchNorm2d),
+        eps=norm.eps,
+        relu=relu,
+        pool=2 if pool else 1,
+    )
+    return Run(stage, layers[: 2 + relu + pool])
 
 
 def is_plain(module: nn.Module) -> bool:
@@ -104,57 +215,19 @@ def is_plain(module: nn.Module) -> bool:
     )
 
 
-def _is_watched(module: nn.Module) -> bool:
-    return any(
-        (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    ) or hasattr(module, "parametrizations")
-
-
-def _stages(module: nn.Sequential) -> bool:
-    return any(stage for _, _, stage in _runs(_children(module)))
-
-
-def _runs(children: list[nn.Module]) -> Iterator[tuple[int, int, Stage | None]]:
-    """Splits children into runs; each with what it is as a stage, or None for a child alone."""
-    at = 0
-    while at < len(children):
-        stage, size = _stage_at(children[at:])
-        yield at, at + size, stage
-        at += size
-
-
-def _stage_at(children: list[nn.Module]) -> tuple[Stage | None, int]:
-    """The stage that these children begin with, and how many they are."""
-    convolution, norm = [*children, None, None][:2]
-    if not isinstance(convolution, nn.Conv2d) or not isinstance(norm, (nn.GroupNorm, nn.BatchNorm2d)):
-        return None, 1
-    if not is_plain(convolution) or not _is_norm(norm):
-        return None, 1
-    size = 2
-    relu = len(children) > size and type(children[size]) is nn.ReLU and not _is_watched(children[size])
-    size += relu
-    pool = len(children) > size and _halves(children[size])
-    size += pool
-    stage = Stage(
-        stride=_stride(convolution),
-        padding=_padding(convolution),
-        groups=convolution.groups,
-        sets=norm.num_groups if isinstance(norm, nn.GroupNorm) else norm.num_features,
-        shared=isinstance(norm, nn.BatchNorm2d),
-        eps=norm.eps,
-        relu=relu,
-        pool=2 if pool else 1,
-    )
-    return stage, size
-
-
-def _is_norm(module: nn.GroupNorm | nn.BatchNorm2d) -> bool:
+def _is_plain_norm(module: nn.GroupNorm | nn.BatchNorm2d) -> bool:
     """Whether the kernels know this norm: GroupNorm, or BatchNorm with a running mean, both with gain and shift."""
-    if not module.affine or _is_watched(module):
+    if not module.affine or module.eps <= 0 or _is_watched(module):
         return False
     if type(module) is nn.BatchNorm2d:
         return module.track_running_stats and module.momentum is not None
     return type(module) is nn.GroupNorm
+
+
+def _is_watched(module: nn.Module) -> bool:
+    return any(
+        (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    ) or hasattr(module, "parametrizations")
 
 
 def _halves(module: nn.Module) -> bool:
@@ -180,34 +253,3 @@ def _padding(module: nn.Conv2d) -> tuple[int, int]:
 def _stride(module: nn.Conv2d) -> tuple[int, int]:
     height, width = module.stride
     return height, width
-
-
-def _in_order(children: list[nn.Module], x: Tensor) -> Tensor:
-    for child in children:
-        x = child(x)
-    return x
-
-
-def _fused(run: list[nn.Module], x: Tensor, stage: Stage) -> Tensor:
-    """The run as one step, or one by one where the kernels cannot take what they are given."""
-    convolution, norm = cast("tuple[nn.Conv2d, nn.GroupNorm | nn.BatchNorm2d]", run[:2])
-    weight, bias, gain, shift = convolution.weight, convolution.bias, norm.weight, norm.bias
-    if not takes(x, weight, bias, gain, shift) or x.shape[1] != convolution.in_channels:
-        return _in_order(run, x)
-    if isinstance(norm, nn.GroupNorm):
-        return staged(x, weight, bias, Affine(gain, shift), stage)
-    if not norm.training or len(x) < 2:
-        return _in_order(run, x)
-    moments = gain.new_empty(2, norm.num_features)
-    out = staged(x, weight, bias, Affine(gain, shift, moments), stage)
-    _remember(norm, moments)
-    return out
-
-
-@torch.no_grad()
-def _remember(norm: nn.BatchNorm2d, moments: Tensor) -> None:
-    """Moves the running mean and variance towards this batch's."""
-    momentum = cast("float", norm.momentum)
-    cast("Tensor", norm.running_mean).lerp_(moments[0], momentum)
-    cast("Tensor", norm.running_var).lerp_(moments[1], momentum)
-    cast("Tensor", norm.num_batches_tracked).add_(1)
