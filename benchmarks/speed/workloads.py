@@ -6,6 +6,7 @@ same start, the same examples, the same number of steps and plain SGD in float32
 
 from __future__ import annotations
 
+import copy
 import math
 import tempfile
 from collections.abc import Callable
@@ -97,7 +98,9 @@ def network(workload: Workload) -> nn.Module:
     """The network, with the same fresh weights in every process."""
     with fresh_module_randomness(SEED, "speed: initial weights"):
         module = _MADE.get(workload.model, _registered)(workload)
-    return module.to(workload.dtype)
+    if workload.dtype == torch.float32:
+        return module
+    return copy.deepcopy(module).to(workload.dtype)  # a frozen base is shared, and would change for all
 
 
 def _registered(workload: Workload) -> nn.Module:

@@ -19,7 +19,7 @@ from ours import ours
 from talk import counting, marked_network, timing
 
 SMALL = [
-    replace(workload, played=3, examples=2 * workload.batch + 3, epochs=2, dtype=torch.float64)
+    replace(workload, played=3, batch=4, examples=11, epochs=2, dtype=torch.float64)
     for workload in workloads.WORKLOADS.values()
     if workload.model != "lora"
 ]
