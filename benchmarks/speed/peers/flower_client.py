@@ -1,4 +1,8 @@
-"""The ClientApp of `flower.py`, in a file of its own because Ray's actor imports it."""
+"""The ClientApp of `flower.py`, in a file of its own because Ray's actor imports it.
+
+The network is made for every message and given the arrays, as in Flower's own examples; a client's examples are kept in
+the actor's process.
+"""
 
 from __future__ import annotations
 
