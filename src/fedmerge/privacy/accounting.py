@@ -70,9 +70,9 @@ def noise_for(target: float, sampling_rate: float, rounds: int, delta: float) ->
         raise UsageError(f"epsilon: got {target!r}; expected a number > 0")
     low, high = _NOISE[0], _NOISE[0]
     while epsilon(high, sampling_rate, rounds, delta) > target:
-        low, high = high, 4 * high
-        if high > _NOISE[1]:
+        if high >= _NOISE[1]:
             raise UsageError(f"epsilon: got {target!r}, which no noise multiplier up to {_NOISE[1]:g} reaches")
+        low, high = high, min(4 * high, _NOISE[1])
     while high > (1 + _PRECISION) * low:
         middle = math.sqrt(low * high)
         enough = epsilon(middle, sampling_rate, rounds, delta) <= target
@@ -84,7 +84,7 @@ def _check(sampling_rate: float, rounds: int, delta: float) -> None:
     faults = []
     if not 0 < sampling_rate <= 1:
         faults.append(f"sampling_rate: got {sampling_rate!r}; expected a number > 0 and <= 1")
-    if not rounds >= 0 or rounds != int(rounds):
+    if not 0 <= rounds < math.inf or rounds != int(rounds):
         faults.append(f"rounds: got {rounds!r}; expected a whole number >= 0")
     if not 0 < delta < 1:
         faults.append(f"delta: got {delta!r}; expected a number > 0 and < 1")

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -99,7 +100,7 @@ class Fold(ABC):
         self._slope_parts = [self._slopes[clients * s.start : clients * s.stop].view(clients, -1) for s in trainable]
 
     @abstractmethod
-    def outputs(self, inputs: Float[Tensor, "K B ..."]) -> Float[Tensor, "K B ..."]:
+    def outputs(self, inputs: Shaped[Tensor, "K B ..."]) -> Float[Tensor, "K B ..."]:
         """What the networks give in their present mode, each client's by its own weights."""
 
     @abstractmethod
@@ -164,7 +165,7 @@ class Fold(ABC):
         return self._vectors()
 
     @torch.no_grad()
-    def predict(self, params: Float[Tensor, "K P"], inputs: Float[Tensor, "K B ..."]) -> Tensor:
+    def predict(self, params: Float[Tensor, "K P"], inputs: Shaped[Tensor, "K B ..."]) -> Tensor:
         """Outputs in evaluation mode, [K, B, ...]."""
         self._load(params, training=False)
         return self.outputs(inputs)
@@ -218,7 +219,7 @@ class ModuleFold(Fold):
         if self._module.training != training:
             self._module.train(training)
 
-    def outputs(self, inputs: Float[Tensor, "K B ..."]) -> Float[Tensor, "K B ..."]:
+    def outputs(self, inputs: Shaped[Tensor, "K B ..."]) -> Float[Tensor, "K B ..."]:
         """What the networks give in their present mode, each client's by its own weights."""
         K, B = inputs.shape[:2]
         if self._form == "rows":
@@ -253,7 +254,7 @@ class _Unseeing(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-def looks_at_numbers(module: nn.Module, layout: Layout, inputs: Float[Tensor, "B ..."]) -> bool:
+def looks_at_numbers(module: nn.Module, layout: Layout, inputs: Shaped[Tensor, "B ..."]) -> bool:
     """Whether a network's course depends on numbers in its tensors, which folded are those of several clients.
 
     Args:
@@ -295,14 +296,20 @@ class DenseFold(Fold):
     def _mode(self, *, training: bool) -> None:
         pass  # perceptrons are the same in both
 
-    def outputs(self, inputs: Float[Tensor, "K B ..."]) -> Float[Tensor, "K B C"]:
+    def outputs(self, inputs: Shaped[Tensor, "K B ..."]) -> Float[Tensor, "K B C"]:
         """What the perceptrons give; never in fewer bits than their vectors have."""
-        with torch.autocast(inputs.device.type, enabled=False):
+        with _in_full(inputs):
             return dense.outputs(self._chain, self._weights, inputs.flatten(2))[1]
 
     def _backward(self, batch: Batch, offset: Tensor | None = None) -> Tensor:
-        with torch.autocast(batch.inputs.device.type, enabled=False):
+        with _in_full(batch.inputs):
             return dense.write_slopes(self._chain, self._weights, self._into, batch, offset)
+
+
+def _in_full(inputs: Tensor) -> AbstractContextManager[Any]:
+    """Within the block nothing is computed in fewer bits."""
+    kind = inputs.device.type
+    return torch.autocast(kind, enabled=False) if kind in ("cpu", "cuda") else nullcontext()
 
 
 def fold_of(
