@@ -71,14 +71,14 @@ def beginning(num_clients: int) -> Any:
 def one_round(state: Any, number: int, num_clients: int, folder: Path) -> Any:
     """One round of the server."""
     rng = np.random.default_rng([1, number])
-    order = torch.from_numpy(rng.choice(num_clients, int(SHARE * num_clients), replace=False))
-    cohort, template = Cohort(order), template_of(Update(torch.empty(P)))
+    order = rng.choice(num_clients, int(SHARE * num_clients), replace=False)
+    cohort, template = Cohort(torch.from_numpy(order)), template_of(Update(torch.empty(P)))
     expected = Expected("run", number, cohort, template)
     spool = Spool(folder, template, cohort)
-    for client in order:
-        length = 0.1 if int(client) % 100 == 0 else 0.01
+    for client in map(int, order):
+        length = 0.1 if client % 100 == 0 else 0.01
         vector = torch.from_numpy(rng.standard_normal(P, dtype=np.float32)) * length
-        reply = Reply("run", number, int(client), 10 + int(client) % 90, {"delta": vector})
+        reply = Reply("run", number, client, 10 + client % 90, {"delta": vector})
         if fault_of(reply, expected) is not None:
             raise AssertionError("the gate refused an honest reply")
         spool.take(reply)

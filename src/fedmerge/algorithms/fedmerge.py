@@ -22,7 +22,6 @@ from fedmerge.core.protocol import Cost, Draw, Federation, Update
 from fedmerge.core.shrinkage import shrunk_updates
 from fedmerge.core.soup import Soup, logit_gradient, merge, mixing, shares
 from fedmerge.core.sums import (
-    BLOCK,
     Compared,
     along,
     blocks,
@@ -39,6 +38,8 @@ ADAPTER_LEAN = 6.0
 """Adapters start almost apart: few rounds follow, and different tasks share little. See docs/algorithm.md."""
 Rule = Literal["mirror", "official", "gradient", "adam"]
 Squares = list[Float[Tensor, " C"]]
+ROWS = 1 << 10
+"""How many clients' rows move at a time."""
 
 
 @dataclass(frozen=True)
@@ -247,7 +248,7 @@ class FedMerge:
         """New W and Adam's memory, and ‖g_i‖² over the ranges that moved them."""
         logits, moments, squares = state.soup.logits.clone(), state.moments.clone(), []
         proportions = shares_of_examples(num_examples)[:, 0]
-        at_once = max(1, len(clients)) if self.rule == "official" else BLOCK  # its step depends on all rows
+        at_once = max(1, len(clients)) if self.rule == "official" else ROWS  # its step depends on all rows
         for block, (a, b) in enumerate(state.scope.tolist()):
             seen = compared(state.soup.models[:, a:b], delta[:, a:b])
             for some in blocks(len(clients), at_once):
