@@ -41,7 +41,6 @@ typedef int32_t mask __attribute__((vector_size(4 * VL)));
 
 INLINE vec load(const float *from) { return *(const loose *)from; }
 INLINE void store(float *to, vec value) { *(loose *)to = value; }
-INLINE vec same(float value) { return (vec){0} + value; }
 INLINE vec zero(void) { return (vec){0}; }
 /* A where the mask is set, else B. */
 INLINE vec pick(mask where, vec a, vec b) { return (vec)(((mask)a & where) | ((mask)b & ~where)); }
