@@ -323,6 +323,19 @@ def comparison_rows(found: Mapping[Size, Mapping[str, list[float]]], rates: Mapp
         )
 
 
+def limits(found: Found) -> Iterator[str]:
+    """What the products alone leave possible, and how the goals stand."""
+    known = [{name: median(values) for name, values in ways.items()} for ways in found.values()]
+    finished = [ways for ways in known if math.isfinite(ways["authors"])]
+    bounds = [ways["authors"] / ways["gemm"] for ways in finished]
+    if bounds:
+        yield f"The products alone are {min(bounds):.1f} to {max(bounds):.1f} × as fast as the authors' loop where it"
+        yield "ends in time, so that float64 sums cannot be faster by more than that."
+    fast = sum(ways["authors"] >= 10 * ways["ours"] for ways in known if ways["ours"] * 10 <= PATIENCE)
+    near = sum(ways["ours"] <= 1.5 * ways["gemm"] for ways in known)
+    yield f"Goals: 10 × the authors' speed at {fast} of {len(known)} sizes, within 1.5 × of GEMM at {near}."
+
+
 def growth_rows(found: Grown) -> Iterator[str]:
     """A line per size, then the slopes."""
     for axis, points in found.items():
@@ -366,6 +379,8 @@ def page(found: Found, growth: Grown, rates: Mapping[str, float], repeats: int, 
         "| N, d, P | ours | official | authors | authors / ours | GEMM | ours / GEMM | traffic | ours / larger limit |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
         *comparison_rows(found, rates),
+        "",
+        *limits(found),
         "",
         "## Growth",
         "",
