@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fedmerge._version import __version__
 from fedmerge.core.errors import FedmergeError, UsageError
 from fedmerge.core.files import make_folder, write_atomically
+from fedmerge.core.options import build_options
 from fedmerge.core.protocol import Batches, Task
 from fedmerge.core.randomness import generator
 from fedmerge.core.strict_json import parse_json_table, read_bounded
@@ -372,12 +373,11 @@ def _few_steps(training: LocalTraining) -> LocalTraining:
 def _remembered(path: Path) -> Choice | None:
     """What was measured before; None if that is not there, or not to be read."""
     try:
-        table = parse_json_table(read_bounded(path, 1 << 16).decode())
-        choice = Choice(**table)
-    except (OSError, ValueError, TypeError, FedmergeError):
+        choice = build_options(Choice, parse_json_table(read_bounded(path, 1 << 16).decode()), "engine", [])
+    except (OSError, ValueError, FedmergeError):
         return None
-    sound = choice.runtime in _ENGINES and isinstance(choice.why, str) and isinstance(choice.most, int | None)
-    return choice if sound and (choice.most is None or 0 < choice.most < 1 << 16) else None
+    sound = choice is not None and choice.runtime in _ENGINES and 0 < (choice.most or 1) < 1 << 16
+    return choice if sound else None
 
 
 def _key(
