@@ -17,7 +17,7 @@ from fedmerge.core.protocol import state_tensors
 from fedmerge.runtime import Sequential, Vectorised
 from fedmerge.runtime.ray import Actors
 from fedmerge.runtime.workers import Workers
-from runtime.test_workers import CNN, equal, examples, planning
+from runtime.test_workers import CNN, equal, planning
 from small_federation import SmallFederation, small
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")
@@ -25,7 +25,7 @@ needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="
 
 def spread(federation: SmallFederation, kind: Any = Sequential, **where: Any) -> Workers:
     make = partial(kind, federation.network(), federation.layout, federation.descent)
-    return Workers(make(), Actors(make, 2, examples(federation), **{"address": "local", **where}))
+    return Workers(make(), Actors(make, 2, federation.data, **{"address": "local", **where}))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("ray") is not None, reason="ray is installed")

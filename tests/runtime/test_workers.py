@@ -42,14 +42,10 @@ def convolutions() -> nn.Module:
 CNN = SmallFederation(convolutions, images(SIZES, GROUPS, (1, 4, 4), torch.float32), GROUPS, torch.float32)
 
 
-def examples(federation: SmallFederation) -> list[torch.Tensor]:
-    return [tensor for each in federation.data for tensor in each]
-
-
 def spread(federation: SmallFederation, kind: Any = Sequential, *, size: int = 2, **more: Any) -> Workers:
     """Workers over an engine of a federation."""
     make = partial(kind, federation.network(), federation.layout, federation.descent)
-    return Workers(make(), Processes(make, size, examples(federation), **more))
+    return Workers(make(), Processes(make, size, federation.data, **more))
 
 
 class Planning(SmallFederation):

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from fedmerge.core.errors import UsageError
 from fedmerge.core.vector import Layout
-from fedmerge.data import FederatedData
+from fedmerge.data import Examples, FederatedData
 from fedmerge.experiment.choice import Choice, objective_of
 from fedmerge.experiment.config import RunOptions
 from fedmerge.runtime import Engine
@@ -75,10 +75,9 @@ def spread(
     return Workers(engine, Processes(make, options.workers, known, start=start))
 
 
-def examples_of(data: FederatedData) -> list[Tensor]:
-    """All tensors of the clients' examples."""
-    splits = (split for client in data.clients for split in (client.train, client.validation, client.test))
-    return [tensor for examples in splits for tensor in examples]
+def examples_of(data: FederatedData) -> list[Examples]:
+    """Every split of every client."""
+    return [split for client in data.clients for split in (client.train, client.validation, client.test)]
 
 
 def dismiss(engine: Any) -> None:

@@ -27,28 +27,34 @@ _PROTOCOL = 5
 
 
 class Known:
-    """Tensors that both sides have: what lies in their memory is named by its place there.
+    """Tuples of tensors that both sides have: they, and whatever lies in their memory, are named by their place.
 
     Args:
-        tensors: The same ones, in the same order, on both sides.
+        values: The same ones, in the same order, on both sides; for example the examples of every client.
     """
 
-    def __init__(self, tensors: Iterable[Tensor] = ()) -> None:
+    def __init__(self, values: Iterable[tuple[Tensor, ...]] = ()) -> None:
+        self.values = list(values)
+        self.places = {id(value): place for place, value in enumerate(self.values)}
         self.storages: list[torch.UntypedStorage] = []
         self._number: dict[int, int] = {}
-        for tensor in tensors:
-            storage = tensor.untyped_storage()
+        for storage in (tensor.untyped_storage() for value in self.values for tensor in value):
             if storage.data_ptr() and storage.data_ptr() not in self._number:
                 self._number[storage.data_ptr()] = len(self.storages)
                 self.storages.append(storage)
+        self.views = _Views(self.storages)
 
     def number(self, tensor: Tensor) -> int | None:
         """Which of the storages a tensor lies in."""
         return self._number.get(tensor.untyped_storage().data_ptr())
 
+    def bare(self) -> Known:
+        """The same memory without the values."""
+        return Known((block,) for block in self.blocks())
+
     def blocks(self) -> list[Tensor]:
-        """Every storage as bytes, without copies: `Known` of them, or of copies, knows the same places."""
-        return [torch.empty(0, dtype=torch.uint8).set_(storage) for storage in self.storages]
+        """Every storage as bytes, without copies: `Known` of each of them, or of copies, has the same storages."""
+        return [_whole(storage, torch.uint8) for storage in self.storages]
 
 
 class _Piece(NamedTuple):
@@ -75,9 +81,9 @@ class Packed:
 
     def fill(self, block: Tensor) -> None:
         """Writes the tensors into a block of at least `size` bytes."""
-        storage = block.untyped_storage()
+        views = _Views([block.untyped_storage()])
         for tensor, start, stride in self.pieces:
-            _view(storage, tensor.dtype, start // tensor.element_size(), tensor.shape, stride).copy_(tensor)
+            views.at(0, tensor.dtype, start // tensor.element_size(), tensor.shape, stride).copy_(tensor)
 
 
 class _Packer(ForkingPickler):
@@ -91,9 +97,12 @@ class _Packer(ForkingPickler):
         self.size = 0
 
     def reducer_override(self, value: Any) -> Any:
-        """How a tensor is told; everything else is left to multiprocessing."""
+        """How a tensor, or what is known, is told; everything else is left to multiprocessing."""
         if type(value) is Tensor:
-            return _tensor_at, self._place(value.detach())
+            return _tensor_at, self._place(value.detach() if value.requires_grad else value)
+        place = self._known.places.get(id(value))
+        if place is not None:
+            return _value_at, (place,)
         if type(value) is nn.Parameter:
             return nn.Parameter, (value.detach(), value.requires_grad)
         return NotImplemented
@@ -103,12 +112,14 @@ class _Packer(ForkingPickler):
         if number is not None:
             return number, tensor.dtype, tensor.storage_offset(), shape, stride
         key = tensor.data_ptr(), tensor.dtype, shape, stride
-        if key not in self._places or not tensor.numel():
-            stride = stride if _is_dense(tensor) else torch.empty(shape, device="meta").stride()
-            self._places[key] = -1, tensor.dtype, self.size // tensor.element_size(), shape, stride
+        found = self._places.get(key)
+        if found is None:
+            if not _is_dense(tensor):
+                stride = torch.empty(shape, device="meta").stride()
             self.pieces.append(_Piece(tensor, self.size, stride))
-            self.size += _aligned(tensor.numel() * tensor.element_size())
-        return self._places[key]
+            found = self._places[key] = -1, tensor.dtype, self.size // tensor.element_size(), shape, stride
+            self.size += _aligned(tensor.nbytes)
+        return found
 
 
 def _aligned(size: int) -> int:
@@ -120,15 +131,29 @@ def _is_dense(tensor: Tensor) -> bool:
     return tensor.is_contiguous() or (tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last))
 
 
-def _view(
-    storage: torch.UntypedStorage, dtype: torch.dtype, start: int, shape: Iterable[int], stride: Iterable[int]
-) -> Tensor:
-    return torch.empty(0, dtype=dtype).set_(storage, start, tuple(shape), tuple(stride))
+def _whole(storage: torch.UntypedStorage, dtype: torch.dtype) -> Tensor:
+    """All of a memory, but for what would be less than a number at its end."""
+    return torch.empty(0, dtype=dtype).set_(storage, 0, (storage.nbytes() // dtype.itemsize,), (1,))
+
+
+class _Views:
+    """Tensors that lie in some memories."""
+
+    def __init__(self, storages: Sequence[torch.UntypedStorage]) -> None:
+        self._storages = storages
+        self._wholes: dict[tuple[int, torch.dtype], Tensor] = {}
+
+    def at(self, number: int, dtype: torch.dtype, start: int, shape: Sequence[int], stride: Sequence[int]) -> Tensor:
+        whole = self._wholes.get((number, dtype))
+        if whole is None:
+            whole = self._wholes[number, dtype] = _whole(self._storages[number], dtype)
+        return whole.as_strided(shape, stride, start)
 
 
 class _Reading(NamedTuple):
-    own: torch.UntypedStorage
-    known: list[torch.UntypedStorage]
+    own: _Views
+    known: Known
+    theirs: _Views
     copied: bool
 
 
@@ -137,11 +162,16 @@ _READING: ContextVar[_Reading] = ContextVar("_READING")
 
 def _tensor_at(number: int, dtype: torch.dtype, start: int, shape: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
     """The tensor at a place of the parcel that is being read."""
-    own, known, copied = _READING.get()
+    own, _, theirs, copied = _READING.get()
     if number >= 0:
-        return _view(known[number], dtype, start, shape, stride)
-    view = _view(own, dtype, start, shape, stride)
+        return theirs.at(number, dtype, start, shape, stride)
+    view = own.at(0, dtype, start, shape, stride)
     return view.clone() if copied else view
+
+
+def _value_at(place: int) -> tuple[Tensor, ...]:
+    """What both sides have at this place."""
+    return _READING.get().known.values[place]
 
 
 def pack(value: Any, known: Known) -> Packed:
@@ -172,7 +202,7 @@ def unpack(head: bytes | memoryview, block: Tensor, known: Known, *, copied: boo
         known: The same tensors as on the other side.
         copied: Whether tensors are the value's own; else they lie in `block`.
     """
-    token = _READING.set(_Reading(block.untyped_storage(), known.storages, copied))
+    token = _READING.set(_Reading(_Views([block.untyped_storage()]), known, known.views, copied))
     try:
         return ForkingPickler.loads(head)
     finally:

@@ -118,14 +118,16 @@ class _Handed:
     Attributes:
         lane: Where the engine lies as a parcel.
         notice: Of that parcel.
-        examples: The clients' examples.
-        places: Where each memory that is known lies there.
+        examples: The memory of the clients' examples.
+        places: Where each of those that are known lies there.
+        values: Notice of the examples themselves, the second parcel of the lane.
     """
 
     lane: _Lane
     notice: bytes
     examples: Arena
     places: list[tuple[int, int]]
+    values: bytes
 
 
 class Processes:
@@ -134,7 +136,7 @@ class Processes:
     Args:
         engine: Makes a worker's engine; called in this process where workers are forked.
         size: How many processes.
-        known: Tensors that need not travel with every call: the clients' examples. They must not change.
+        known: What need not travel with every call: the clients' examples. They must not change.
         start: How processes begin; by default what is safe here.
 
     Raises:
@@ -142,7 +144,12 @@ class Processes:
     """
 
     def __init__(
-        self, engine: Callable[[], Engine], size: int, known: Sequence[Tensor] = (), *, start: Start | None = None
+        self,
+        engine: Callable[[], Engine],
+        size: int,
+        known: Sequence[tuple[Tensor, ...]] = (),
+        *,
+        start: Start | None = None,
     ) -> None:
         if multiprocessing.current_process().daemon:
             raise UsageError(
@@ -193,6 +200,10 @@ class Processes:
             worker.process.join()
             worker.pipe.close()
 
+    def processes(self) -> list[int]:
+        """Process ids of all that are started."""
+        return [worker.process.pid for worker in self._workers if worker is not None and worker.process.pid is not None]
+
     def _hired(self) -> _Worker:
         with _STARTING, interrupts_held(), warnings.catch_warnings():
             # Python 3.12 and later warn of forks beside threads; see the head of this file
@@ -216,7 +227,11 @@ class Processes:
         if self._handed is None:
             lane, examples = _Lane(), Arena()
             notice = lane.write(pack(self._engine, Known()))
-            self._handed = _Handed(lane, notice, examples, examples.lay(self._known.blocks()))
+            places, values = (
+                examples.lay(self._known.blocks()),
+                lane.write(pack(self._known.values, self._known.bare())),
+            )
+            self._handed = _Handed(lane, notice, examples, places, values)
         return self._handed
 
 
@@ -238,7 +253,8 @@ def _forked(post: _Post, engine: Callable[[], Engine], known: Known) -> None:
 def _spawned(post: _Post, handed: _Handed) -> None:
     """A spawned worker's life."""
     engine = handed.lane.read(handed.notice, Known(), copied=True)
-    _live(post, engine, Known(handed.examples.lying(handed.places)))
+    memory = Known((block,) for block in handed.examples.lying(handed.places))
+    _live(post, engine, Known(handed.lane.read(handed.values, memory, copied=True)))
 
 
 def _live(post: _Post, make: Callable[[], Engine], known: Known) -> None:

@@ -32,14 +32,16 @@ class Actors:
     Args:
         engine: Makes a worker's engine.
         size: How many actors.
-        known: Tensors that need not travel with every call: the clients' examples. They must not change.
+        known: What need not travel with every call: the clients' examples. They must not change.
         address: Of the cluster, or ``local`` for one that is started here. Ignored where Ray is connected already.
 
     Raises:
         UsageError: without Ray.
     """
 
-    def __init__(self, engine: Callable[[], Engine], size: int, known: Sequence[Tensor] = (), *, address: str) -> None:
+    def __init__(
+        self, engine: Callable[[], Engine], size: int, known: Sequence[tuple[Tensor, ...]] = (), *, address: str
+    ) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would report to its makers
         try:
             self._ray: Any = importlib.import_module("ray")
@@ -82,12 +84,17 @@ class Actors:
             for actor in found:
                 self._ray.kill(actor)
 
+    def processes(self) -> list[int]:
+        """None: actors are Ray's children."""
+        return []
+
     def _hired(self) -> Any:
         if not self._ray.is_initialized():
             self._connect()
         if self._handed is None:
             blocks = [block.numpy() for block in self._known.blocks()]
-            self._handed = self._ray.put(self._engine), self._ray.put(blocks)
+            values = pack(self._known.values, self._known.bare())
+            self._handed = self._ray.put(self._engine), self._ray.put((blocks, values.head, _block(values)))
         return self._ray.remote(num_cpus=1, max_restarts=0)(_Actor).remote(*self._handed)
 
     def _connect(self) -> None:
@@ -107,12 +114,14 @@ class _Actor:
 
     Args:
         make: Makes the engine.
-        blocks: The examples' bytes.
+        examples: Their memory, and the parcel that tells what lies where.
     """
 
-    def __init__(self, make: Callable[[], Engine], blocks: Sequence[_Bytes]) -> None:
+    def __init__(self, make: Callable[[], Engine], examples: tuple[Sequence[_Bytes], bytes, _Bytes]) -> None:
         torch.set_num_threads(1)
-        self._engine, self._known = make(), Known(_tensor(block) for block in blocks)
+        blocks, head, rest = examples
+        memory = Known((_tensor(block),) for block in blocks)
+        self._engine, self._known = make(), Known(unpack(head, _tensor(rest), memory, copied=True))
 
     def compute(self, function: ClientFunction | None, head: bytes, block: _Bytes) -> tuple[bytes, _Bytes]:
         """The outcome of a job as a parcel."""

@@ -151,6 +151,10 @@ class Crew(Protocol):
         """Ends all workers; the next job starts new ones."""
         ...
 
+    def processes(self) -> list[int]:
+        """Process ids of those that run on this machine as children of this process."""
+        ...
+
 
 @dataclass(frozen=True)
 class _Piece:
@@ -224,6 +228,10 @@ class Workers:
     def close(self) -> None:
         """Ends the workers; a later call starts them again."""
         self._crew.close()
+
+    def processes(self) -> list[int]:
+        """Process ids of the workers on this machine, as far as they are started."""
+        return self._crew.processes()
 
     def _spread(self, function: ClientFunction | None, clients: Sequence[tuple[Any, ...]]) -> list[Any]:
         groups = _groups(self.inner, clients)
