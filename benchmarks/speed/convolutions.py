@@ -85,11 +85,11 @@ def _torch_works(x: Tensor, weight: Tensor, dy: Tensor, groups: int) -> tuple[Wo
 def _our_works(inner: int, outer: int, side: int, tile: int) -> tuple[Work, Work, Work]:
     """On images as the kernels keep them; through the library itself, to time one direction at a time."""
     functions.TILE = tile
-    functions._shapes.cache_clear()
+    functions._sizes.cache_clear()
     stage = functions._alone((1, 1), (1, 1), 1)
     x, dy = _draw(side, side, inner, BATCH, seed=0), _draw(side, side, outer, BATCH, seed=2)
     weight = _draw(outer, inner, 3, 3, seed=1).contiguous(memory_format=torch.channels_last)
-    shape = functions._shapes(stage, x.shape, weight.shape, weight.stride(), BATCH)[0]
+    shape = functions._sizes(stage, x.shape, weight.shape, weight.stride(), BATCH).shape
     y, dx, dw = torch.empty_like(dy), torch.empty_like(x), torch.empty_like(weight)
     kernels = functions._kernels()
     at_x, at_w, at_dy = x.data_ptr(), weight.data_ptr(), dy.data_ptr()
@@ -204,7 +204,7 @@ def errors_table(draws: int = 5) -> list[str]:
             gradients = {"torch": _gradient(copy.deepcopy(module), x, targets)}
             for tile, way in TILES.items():
                 functions.TILE = tile
-                functions._shapes.cache_clear()
+                functions._sizes.cache_clear()
                 gradients[way] = _gradient(native.accelerated(module), x, targets)
             for way, gradient in gradients.items():
                 found.setdefault(way, []).append(float((gradient - exact).norm() / exact.norm()))
@@ -218,7 +218,7 @@ def page(repeats: int) -> str:
     layers = layers_table(repeats)
     errors = errors_table()
     functions.TILE = standard
-    functions._shapes.cache_clear()
+    functions._sizes.cache_clear()
     steps = steps_table(repeats)
     parts = [
         "# Convolutions: compiled kernels against torch",

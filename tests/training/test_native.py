@@ -87,13 +87,13 @@ def _error(found: Tensor, right: Tensor) -> float:
 @pytest.mark.parametrize("name", SHAPES)
 def test_a_convolution_and_its_slopes_are_torchs(name: str, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(functions, "TILE", tile)
-    functions._shapes.cache_clear()
+    functions._sizes.cache_clear()
     x, weight, bias, how = _case(name)
     exact = _followed(x, weight, bias, dtype=torch.float64)
     ours = _followed(x, weight, bias)
     right = _slopes(functional.conv2d(*exact, **how), *exact)
     found = _slopes(native.conv2d(*ours, **how), *ours)
-    functions._shapes.cache_clear()
+    functions._sizes.cache_clear()
     assert [tensor.shape for tensor in found] == [tensor.shape for tensor in right]
     for got, want, size in zip(found, right, _sizes(x, weight, bias, how), strict=True):
         assert (got.double() - want).abs().max() < ROUNDING[tile] * size

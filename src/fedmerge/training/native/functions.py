@@ -116,19 +116,27 @@ def _shown(stored: Tensor, batch: int) -> Tensor:
 Ints = Any  # an array of C integers
 
 
-@lru_cache(maxsize=1024)
-def _shapes(
-    stage: Stage, x: tuple[int, ...], weight: tuple[int, ...], steps: tuple[int, ...], batch: int
-) -> tuple[Ints, Ints | None, Pair, Pair]:
-    """The kernels' `Shape` and `Norm`, and the sizes of the convolution's output and of the stage's.
+class Sizes(NamedTuple):
+    """A stage in numbers.
 
-    Args:
-        stage: What is done.
-        x: Shape of the stored input, [H, W, C, L].
-        weight: Shape of the weight.
-        steps: Strides of the weight.
-        batch: Number of examples, at most L.
+    Attributes:
+        shape: The kernels' `Shape`.
+        norm: The kernels' `Norm`, if one follows.
+        inside: Floats of the convolution's output.
+        statistics: Floats of the norm's means.
+        out: Shape of the stage's output as stored, [H, W, C, L].
     """
+
+    shape: Ints
+    norm: Ints | None
+    inside: int
+    statistics: int
+    out: tuple[int, int, int, int]
+
+
+@lru_cache(maxsize=1024)
+def _sizes(stage: Stage, x: tuple[int, ...], weight: tuple[int, ...], steps: tuple[int, ...], batch: int) -> Sizes:
+    """Sizes for a stored input of shape `x`, [H, W, C, L], with `batch` examples, and a weight with strides `steps`."""
     (height, width, _, lanes), (outer, inner, *kernel) = x, weight
     given = zip((height, width), stage.padding, kernel, stage.stride, strict=True)
     out = [(n + 2 * p - k) // s + 1 for n, p, k, s in given]
@@ -138,7 +146,8 @@ def _shapes(
     shape = _ints(lanes, stage.groups, *sizes, *stage.stride, *stage.padding, *steps, tile)
     each = (lanes, outer, stage.sets, *out, int(stage.relu), stage.pool, batch if stage.shared else 0)
     norm = _ints(*each) if stage.sets else None
-    return shape, norm, (out[0], out[1]), (out[0] // stage.pool, out[1] // stage.pool)
+    shown = (out[0] // stage.pool, out[1] // stage.pool, outer, lanes)
+    return Sizes(shape, norm, out[0] * out[1] * outer * lanes, stage.sets * lanes, shown)
 
 
 def _ints(*numbers: int) -> Ints:
@@ -168,17 +177,18 @@ class Link(NamedTuple):
 def _run(x: Tensor, link: Link, batch: int) -> tuple[Tensor, Tensor | None]:
     """The stage's output as stored, and what backward needs of a norm: y, mean and rate, one after another."""
     stage, weight, bias, gain, shift, moments = link
-    shape, norm, size, out_size = _shapes(stage, x.shape, weight.shape, weight.stride(), batch)
-    channels, lanes = weight.shape[0], x.shape[3]
-    out = x.new_empty(*out_size, channels, lanes)
+    sizes = _sizes(stage, x.shape, weight.shape, weight.stride(), batch)
+    out = x.new_empty(sizes.out)
     given = (x.data_ptr(), weight.data_ptr(), bias.data_ptr() if bias is not None else None)
     if gain is None or shift is None:
-        _check(_kernels().fm_stage_forward(shape, None, 0.0, *given, None, None, out.data_ptr(), *[None] * 4))
+        plain = (sizes.shape, None, 0.0, *given, None, None, out.data_ptr(), None, None, None, None)
+        _check(_kernels().fm_stage_forward(*plain))
         return out, None
-    kept = x.new_empty((size[0] * size[1] * channels + 2 * stage.sets) * lanes)
-    inside = (gain.data_ptr(), shift.data_ptr(), *_parts(kept, stage.sets * lanes))
+    kept = x.new_empty(sizes.inside + 2 * sizes.statistics)
+    inside = (gain.data_ptr(), shift.data_ptr(), *_parts(kept, sizes))
     at_moments = moments.data_ptr() if moments is not None else None
-    _check(_kernels().fm_stage_forward(shape, norm, stage.eps, *given, *inside, at_moments, out.data_ptr()))
+    whole = (sizes.shape, sizes.norm, stage.eps, *given, *inside, at_moments, out.data_ptr())
+    _check(_kernels().fm_stage_forward(*whole))
     return out, kept
 
 
@@ -187,7 +197,7 @@ def _slopes(
 ) -> tuple[Tensor | None, ...]:
     """Slopes on the stage's input (as stored), weight, bias, gain and shift; the first three where `needed`."""
     stage, weight, _, gain, shift, _ = link
-    shape, norm, _, _ = _shapes(stage, x.shape, weight.shape, weight.stride(), batch)
+    sizes = _sizes(stage, x.shape, weight.shape, weight.stride(), batch)
     dx = torch.empty_like(x) if needed[0] else None
     dw = torch.empty_strided(weight.shape, weight.stride()) if needed[1] else None
     db = x.new_empty(weight.shape[0]) if needed[2] else None
@@ -195,17 +205,19 @@ def _slopes(
     inside: tuple[int | None, ...] = (None,) * 5
     if gain is not None and shift is not None and kept is not None:
         dgain, dshift = torch.empty_like(gain), torch.empty_like(shift)
-        inside = (gain.data_ptr(), shift.data_ptr(), *_parts(kept, stage.sets * x.shape[3]))
+        inside = (gain.data_ptr(), shift.data_ptr(), *_parts(kept, sizes))
     slopes = (dx, dw, db, dgain, dshift)
     at = [None if tensor is None else tensor.data_ptr() for tensor in slopes]
-    _check(_kernels().fm_stage_backward(shape, norm, x.data_ptr(), weight.data_ptr(), *inside, dout.data_ptr(), *at))
+    given = (sizes.shape, sizes.norm, x.data_ptr(), weight.data_ptr(), *inside, dout.data_ptr(), *at)
+    _check(_kernels().fm_stage_backward(*given))
     return slopes
 
 
-def _parts(kept: Tensor, statistics: int) -> tuple[int, int, int]:
+def _parts(kept: Tensor, sizes: Sizes) -> tuple[int, int, int]:
     """Where y, mean and rate begin."""
-    start, end = kept.data_ptr(), kept.data_ptr() + 4 * kept.numel()
-    return start, end - 8 * statistics, end - 4 * statistics
+    start = kept.data_ptr()
+    middle = start + 4 * sizes.inside
+    return start, middle, middle + 4 * sizes.statistics
 
 
 _OF_LINK = len(Link._fields) - 1
@@ -247,10 +259,10 @@ def takes(x: Tensor, *links: Link) -> bool:
     if x.ndim != 4 or not FEWEST_EXAMPLES <= x.shape[0] <= MOST_EXAMPLES:
         return False
     given = [x, *(tensor for link in links for tensor in link[1:] if tensor is not None)]
-    plain = all(tensor.dtype == torch.float32 and tensor.device.type == "cpu" for tensor in given)
-    small = all(tensor is None or tensor.is_contiguous() for link in links for tensor in link[2:])
+    plain = all(tensor.dtype is torch.float32 and tensor.is_cpu for tensor in given)
+    dense = all(tensor is None or tensor.is_contiguous() for link in links for tensor in link[2:])
     sizes = tuple((link.stage, link.weight.shape, link.weight.stride()) for link in links)
-    return plain and small and _fits(tuple(x.shape[1:]), sizes) and available() is None
+    return plain and dense and _fits(tuple(x.shape[1:]), sizes) and available() is None
 
 
 @lru_cache(maxsize=1024)

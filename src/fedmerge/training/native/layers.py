@@ -52,13 +52,14 @@ class Run:
 
     def link(self) -> Link:
         """The stage with its tensors; BatchNorm gets room for its moments."""
-        convolution, norm = cast("tuple[nn.Conv2d, nn.GroupNorm | nn.BatchNorm2d]", self.layers[:2])
-        moments = norm.weight.new_empty(2, norm.num_features) if isinstance(norm, nn.BatchNorm2d) else None
-        return Link(self.stage, convolution.weight, convolution.bias, norm.weight, norm.bias, moments)
+        convolution, norm = self.layers[0]._parameters, self.layers[1]._parameters  # faster than the attributes
+        weight, gain = cast("Tensor", convolution["weight"]), cast("Tensor", norm["weight"])
+        moments = gain.new_empty(2, len(gain)) if self.stage.shared else None
+        return Link(self.stage, weight, convolution["bias"], gain, norm["bias"], moments)
 
     def is_open(self, x: Tensor) -> bool:
         """Whether the kernels know the norm in this mode: BatchNorm only in training, with examples to compare."""
-        return isinstance(self.layers[1], nn.GroupNorm) or (self.layers[1].training and len(x) > 1)
+        return not self.stage.shared or (self.layers[1].training and len(x) > 1)
 
 
 class Staged(nn.Module):
