@@ -37,12 +37,14 @@ from fedmerge.runtime.place import HERE, Place
 from fedmerge.runtime.rounds import plain_training
 from fedmerge.training import Descent, LocalTraining, Planned, draw_batches
 from fedmerge.training.folded.fold import form_of, looks_at_numbers, why_not
+from fedmerge.training.native import accelerated, available
 from fedmerge.training.objective import CLASSES, TOKENS, Objective, classes_of_tasks
 from fedmerge.training.task import has_dropout, is_batch_coupled
 
 log = logging.getLogger(__name__)
 
 Runtime = Literal["auto", "sequential", "vectorised", "folded"]
+Kernels = Literal["auto", "torch", "compiled"]
 _ENGINES: dict[str, type[Sequential | Vectorised]] = {
     "sequential": Sequential,
     "vectorised": Vectorised,
@@ -66,11 +68,13 @@ class Choice:
         runtime: Its name.
         most: Clients that run at once; None for one, or for as many as the engine thinks best.
         why: Why this one.
+        kernels: Whether convolutions go through kernels compiled on this machine (see `training.native`).
     """
 
     runtime: str
     most: int | None = None
     why: str = ""
+    kernels: bool = False
 
     def engine(
         self, module: nn.Module, layout: Layout, descent: Descent, objective: Objective, place: Place = HERE
@@ -81,6 +85,7 @@ class Choice:
             UsageError: if it cannot run the network.
         """
         if self.runtime == "sequential":
+            module = accelerated(module) if self.kernels else module
             return Sequential(module, layout, descent, objective=objective, place=place)
         kind = Folded if self.runtime == "folded" else Vectorised
         return kind(module, layout, descent, objective=objective, most=self.most, place=place)
@@ -101,6 +106,7 @@ def choose_engine(
     data: FederatedData,
     most: int | None = None,
     place: Place = HERE,
+    kernels: Kernels = "auto",
 ) -> tuple[Engine, Choice]:
     """The engine that was asked for; for ``auto`` that of the rule.
 
@@ -115,11 +121,14 @@ def choose_engine(
         data: The clients, in the run's precision.
         most: Clients at once, if that was asked for.
         place: Where clients are computed.
+        kernels: Whether convolutions may or must go through compiled kernels.
 
     Raises:
         UsageError: if an engine was asked for and does not give the sequential numbers.
     """
     trial = Trial(module, layout, descent, data, place)
+    if kernels == "compiled":
+        return trial.compiled(runtime)
     if runtime != "auto":
         return trial.asked(runtime, most)
     reason = "the rule for networks like this"
@@ -156,6 +165,7 @@ def fastest_engine(
     work: Workload,
     most: int | None = None,
     place: Place = HERE,
+    kernels: Kernels = "auto",
 ) -> tuple[Engine, Choice]:
     """`choose_engine`, but for ``auto`` and a long run by measurement.
 
@@ -168,16 +178,17 @@ def fastest_engine(
         work: What the run has to do.
         most: Clients at once, if that was asked for.
         place: Where clients are computed.
+        kernels: Whether convolutions may or must go through compiled kernels.
     """
-    if runtime != "auto" or has_dropout(module):
-        return choose_engine(runtime, module, layout, descent, data, most, place)
+    if runtime != "auto" or kernels == "compiled" or has_dropout(module):
+        return choose_engine(runtime, module, layout, descent, data, most, place, kernels)
     trial = Trial(module, layout, descent, data, place)
     if _operations(trial, data, work) < _LONG:
         return choose_engine(runtime, module, layout, descent, data, most, place)
-    path = cache_folder() / "engines" / f"{_key(module, layout, descent, data, work, most, place)}.json"
+    path = cache_folder() / "engines" / f"{_key(module, layout, descent, data, work, most, place, kernels)}.json"
     choice = _remembered(path)
     if choice is None:
-        choice = _measured(trial, data, work, most)
+        choice = _measured(trial, data, work, most, kernels)
         log.info("engine: %s (%s)", choice.runtime, choice.why)
         try:
             make_folder(path.parent)
@@ -228,6 +239,30 @@ class Trial:
                 "'sequential'"
             )
         return found, choice
+
+    def compiled(self, runtime: str) -> tuple[Engine, Choice]:
+        """One by one with compiled kernels.
+
+        Raises:
+            UsageError: if there are none, they do not fit, or another runtime is asked for.
+        """
+        found = "looks at several clients at once" if runtime not in ("auto", "sequential") else self.with_kernels()
+        if isinstance(found, str):
+            raise UsageError(f"kernels: got 'compiled', but {type(self.module).__name__} {found}; expected 'torch'")
+        return found[0], replace(found[1], why="asked for")
+
+    def with_kernels(self) -> tuple[Engine, Choice] | str:
+        """The sequential engine with compiled kernels, or why there is none."""
+        if self.layout.dtype != torch.float32 or self.place != HERE:
+            return "is not computed in float32 on the CPU"
+        if not any(isinstance(part, nn.Conv2d) for part in self.module.modules()):
+            return "has no convolutions"
+        reason = available()
+        if reason is not None:
+            return f"has none on this machine: {reason}"
+        choice = Choice("sequential", kernels=True)
+        found = self.tried(choice)
+        return found if isinstance(found, str) else (found, choice)
 
     def tried(self, choice: Choice) -> Engine | str:
         """The engine, or why it cannot stand in for the sequential one."""
@@ -316,12 +351,17 @@ def _operations(trial: Trial, data: FederatedData, work: Workload) -> float:
     return float(counter.get_total_flops()) * steps * work.rounds * work.fraction
 
 
-def _measured(trial: Trial, data: FederatedData, work: Workload, most: int | None) -> Choice:
+def _measured(trial: Trial, data: FederatedData, work: Workload, most: int | None, kernels: Kernels) -> Choice:
     """The fastest of the engines that give the sequential numbers."""
     times = {Choice("sequential"): _milliseconds(trial.sequential, trial, data, work, 1)}
+    compiled = trial.with_kernels() if kernels == "auto" else "is not asked to"
+    if isinstance(compiled, str):
+        log.info("%s does not run with compiled kernels, because it %s", type(trial.module).__name__, compiled)
+    else:
+        times[compiled[1]] = _milliseconds(compiled[0], trial, data, work, 1)
     size = min(64, max(1, round(work.fraction * len(data.clients))))
     for choice in _folds(trial, most, size) or [Choice("vectorised", most)]:
-        best = min(times.values())
+        best = min(value for known, value in times.items() if not known.kernels)
         found = trial.tried(choice)
         if isinstance(found, str):
             log.info("%s does not run %s, because it %s", type(trial.module).__name__, choice.runtime, found)
@@ -337,7 +377,8 @@ def _measured(trial: Trial, data: FederatedData, work: Workload, most: int | Non
 
 
 def _text(choice: Choice) -> str:
-    return choice.runtime if choice.most is None else f"{choice.runtime} by {choice.most}"
+    name = choice.runtime if choice.most is None else f"{choice.runtime} by {choice.most}"
+    return f"{name} with compiled kernels" if choice.kernels else name
 
 
 def _folds(trial: Trial, most: int | None, size: int) -> Sequence[Choice]:
@@ -388,6 +429,7 @@ def _key(
     work: Workload,
     most: int | None,
     place: Place,
+    kernels: Kernels,
 ) -> str:
     """What a measurement depends on, as the name of a file."""
     facts = [
@@ -397,7 +439,7 @@ def _key(
         repr(_few_steps(work.training)),
         [list(data.clients[0].train.inputs.shape[1:]), str(data.clients[0].train.inputs.dtype), data.kind],
         [round(work.fraction * len(data.clients)), most],
-        [torch.__version__, __version__, _processor(), _card(place), place.arithmetic],
+        [torch.__version__, __version__, _processor(), _card(place), place.arithmetic, kernels],
     ]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
 

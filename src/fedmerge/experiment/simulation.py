@@ -189,7 +189,7 @@ def _engine_of(
     runtime = runtime_for(training, options.runtime, module, layout)
     work = Workload(training, options.rounds, options.fraction)
     with one_thread():
-        return fastest_engine(runtime, module, layout, descent, data, work, options.fold, place)
+        return fastest_engine(runtime, module, layout, descent, data, work, options.fold, place, options.kernels)
 
 
 def _passes(training: LocalTraining, data: FederatedData) -> tuple[int, ...]:
