@@ -81,8 +81,8 @@ WORKLOADS = {
         Workload("logistic", "mlp", (784,), 1000, 1000, 60, 20, options={"hidden": ()}),
         Workload("mlp", "mlp", (784,), 1000, 1000, 60, 20, options={"hidden": (100,)}),
         Workload("cnn", "cnn", (1, 28, 28), 100, 100, 128, 32),
-        Workload("resnet9", "resnet9", (3, 32, 32), 50, 4, 896, 32, epochs=2),
-        Workload("resnet9-paper", "basic-blocks", (3, 32, 32), 50, 4, 896, 32, epochs=2, classes=100),
+        Workload("resnet9", "resnet9", (3, 32, 32), 50, 6, 896, 32, epochs=2),
+        Workload("resnet9-paper", "basic-blocks", (3, 32, 32), 50, 6, 896, 32, epochs=2, classes=100),
         Workload("lora", "lora", (32,), 20, 4, 32, 16),
     )
 }
