@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fedmerge.core.protocol import Batch
+from fedmerge.core.vector import layout_of
 from fedmerge.models.cnn import Cnn
 from fedmerge.models.resnet9 import ResNet9
-from fedmerge.training import native
+from fedmerge.training import Descent, ModuleTask, native
 from fedmerge.training.native import functions
 
 REASON = native.available()
@@ -269,6 +271,19 @@ def test_a_network_keeps_its_tensors_and_its_numbers(
         error = (got.grad.double() - want.grad).norm() / want.grad.norm().clamp_min(1e-3)
         assert error < 1e-2, name  # a rounding that flips one ReLU shows as up to 4e-3, in torch too
     assert torch.allclose(ours.eval()(x), plain.eval()(x) if norm != "batch" else ours(x), atol=1e-4)
+
+
+@pytest.mark.parametrize("norm", ["group", "batch"])
+def test_a_task_on_flat_buffers_finds_the_same_slope(norm: str) -> None:
+    plain = _filled(ResNet9(norm=norm).build((3, 16, 16), 10))
+    layout = layout_of(plain)
+    batch = Batch(_draw(32, 3, 16, 16, seed=13), torch.arange(32) % 10, torch.full((32,), 1 / 32), torch.tensor(0.1))
+    params = layout.read(plain)
+    right = ModuleTask(plain, layout, Descent()).gradient(params, batch)
+    found = ModuleTask(native.accelerated(plain), layout, Descent()).gradient(params, batch)
+    assert torch.allclose(found.loss, right.loss, rtol=1e-5)
+    assert (found.gradient - right.gradient).norm() < 1e-2 * right.gradient.norm()
+    assert torch.allclose(found.buffers, right.buffers, rtol=1e-4, atol=1e-5)
 
 
 def test_what_is_watched_or_unknown_is_left_as_it_is() -> None:
