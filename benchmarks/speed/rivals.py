@@ -79,6 +79,7 @@ class Contestant:
         name: For example ``fedmerge:sequential``.
         workload: What it plays.
         process: Its driver.
+        log: Where the driver's error stream goes.
         greeting: What the driver said of itself.
         steps: In one round.
         rounds: Each timed round: seconds and processor seconds.
@@ -90,6 +91,7 @@ class Contestant:
     name: str
     workload: Workload
     process: subprocess.Popen[str]
+    log: Path
     greeting: dict[str, Any] = field(default_factory=dict)
     rounds: list[dict[str, float]] = field(default_factory=list)
     evaluated: list[dict[str, float]] = field(default_factory=list)
@@ -123,7 +125,7 @@ class Contestant:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            raise RuntimeError(f"{self.name} on {self.workload.name} ended; see its log")
+            raise RuntimeError(f"its driver ended: {last_line(self.log)}")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
@@ -185,7 +187,7 @@ def started(name: str, workload: Workload, asked: argparse.Namespace, log: Path)
             env={**os.environ, **threads, **paths},
         )
     hold(process.pid, {asked.core})
-    contestant = Contestant(name, workload_of(workload.name, played), process)
+    contestant = Contestant(name, workload_of(workload.name, played), process, log)
     contestant.greeting = contestant.heard()
     contestant.check = contestant.told("count", asked.core)
     if contestant.check["steps"] not in (contestant.steps, None):
@@ -310,6 +312,12 @@ def only_on(core: int) -> Iterator[None]:
         yield
     finally:
         os.sched_setaffinity(0, before)
+
+
+def last_line(path: Path) -> str:
+    """The last line of a file that says something."""
+    lines = [line.strip() for line in path.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1][:200] if lines else "it said nothing"
 
 
 def commit() -> str:
