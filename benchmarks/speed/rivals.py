@@ -30,6 +30,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -216,8 +217,7 @@ def measured(workload: Workload, asked: argparse.Namespace) -> dict[str, Any]:
     """All contestants on one workload."""
     began, load = time.time(), os.getloadavg()
     names = asked.rivals or known_contestants(workload, asked.pythons, asked.checkouts)
-    log = RESULTS / "rivals.log" if asked.log is None else asked.log
-    tried = {name: started_or_reason(name, workload, asked, log) for name in names}
+    tried = {name: started_or_reason(name, workload, asked, asked.log) for name in names}
     contestants = [found for found in tried.values() if isinstance(found, Contestant)]
     absent = {name: found for name, found in tried.items() if isinstance(found, str)}
     limits = [machine_limits(asked.core)]
@@ -350,7 +350,7 @@ def main() -> None:
     parser.add_argument("--pythons", nargs="*", default=[], metavar="NAME=PATH")
     parser.add_argument("--checkouts", nargs="*", default=[], metavar="NAME=PATH")
     parser.add_argument("--preliminary", default="", help="why the numbers are not final; said on the page")
-    parser.add_argument("--log", type=Path, help="of the drivers")
+    parser.add_argument("--log", type=Path, default=Path(tempfile.gettempdir()) / "rivals.log", help="of the drivers")
     parser.add_argument("--out", type=Path, default=RESULTS)
     asked = parser.parse_args()
     asked.told = spoken(asked)
