@@ -148,7 +148,7 @@ def test_results_are_in_the_order_of_clients_and_come_from_every_worker():
 
 
 def slow(task, number):
-    time.sleep(0.002)
+    time.sleep(0.005)
     return number, os.getpid()
 
 
@@ -159,6 +159,20 @@ def test_processes_stay_for_the_next_call_until_they_are_closed():
     third = {process for _, process in engine.map(slow, [(n,) for n in range(20)])}
     assert first == second
     assert not first & third
+
+
+def test_a_function_that_workers_are_no_help_with_is_computed_here_in_the_end():
+    engine = spread(small())
+    where = [{process for _, process in engine.map(whose, [(n,) for n in range(9)])} for _ in range(20)]
+    assert os.getpid() not in where[0] | where[1]
+    assert where[-1] == {os.getpid()}
+    assert os.getpid() not in {process for _, process in engine.map(slow, [(n,) for n in range(9)])}
+
+
+def test_a_function_that_workers_help_with_stays_with_them():
+    engine = spread(small())
+    for _ in range(4):
+        assert os.getpid() not in {process for _, process in engine.map(slow, [(n,) for n in range(40)])}
 
 
 def kept(task, x):

@@ -36,7 +36,7 @@ from fedmerge.core.errors import UsageError
 from fedmerge.core.interrupts import interrupts_held
 from fedmerge.runtime.engines import Engine
 from fedmerge.runtime.parcels import Arena, Known, Packed, pack, unpack
-from fedmerge.runtime.workers import Death, Failure, Job, packed_outcome, run_job
+from fedmerge.runtime.workers import Death, Done, Failure, Job, packed_outcome, run_job
 
 Start = Literal["fork", "spawn"]
 
@@ -172,7 +172,7 @@ class Processes:
         with suppress(BrokenPipeError, ConnectionResetError):  # met again as the end of the pipe
             found.pipe.send_bytes(notice)
 
-    def events(self) -> Iterator[tuple[int, list[Any] | Failure | Death]]:
+    def events(self) -> Iterator[tuple[int, Done | Failure | Death]]:
         """What has come from the workers; waits for the first."""
         pipes = {worker.pipe: index for index, worker in enumerate(self._workers) if worker is not None}
         for pipe in wait(list(pipes)):

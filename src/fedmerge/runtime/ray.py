@@ -21,7 +21,7 @@ from fedmerge.core.errors import UsageError
 from fedmerge.core.text import brief
 from fedmerge.runtime.engines import ClientFunction, Engine
 from fedmerge.runtime.parcels import Known, Packed, pack, unpack
-from fedmerge.runtime.workers import Death, Failure, Job, packed_outcome, run_job
+from fedmerge.runtime.workers import Death, Done, Failure, Job, packed_outcome, run_job
 
 _Bytes = NDArray[np.uint8]
 
@@ -63,7 +63,7 @@ class Actors:
         ref = self._actors[worker].compute.remote(job.function, packed.head, _block(packed))
         self._pending[ref] = worker
 
-    def events(self) -> Iterator[tuple[int, list[Any] | Failure | Death]]:
+    def events(self) -> Iterator[tuple[int, Done | Failure | Death]]:
         """What has come from one of the actors; waits for it."""
         (ref,), _ = self._ray.wait(list(self._pending), num_returns=1)
         worker = self._pending.pop(ref)

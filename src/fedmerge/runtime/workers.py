@@ -7,9 +7,10 @@ put in client order; who was faster decides only who gets the next clients.
 from __future__ import annotations
 
 import logging
+import time
 import traceback
 import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -32,6 +33,8 @@ _AT_HAND = 2
 """Pieces that a worker has at most: one that it computes, and the next."""
 MOST_DEATHS = 3
 """Times that the same clients may take a worker with them."""
+_PATIENCE = 2
+"""Calls of a function in a row that may lose time by being spread; the first one starts the workers."""
 _NAMED = 10
 
 
@@ -46,6 +49,19 @@ class Job:
 
     function: ClientFunction | None
     groups: tuple[tuple[tuple[Any, ...], ...], ...]
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a job gave.
+
+    Attributes:
+        results: Of its clients, one group after another.
+        seconds: That it took.
+    """
+
+    results: list[Any]
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -74,15 +90,15 @@ class Death:
     reason: str
 
 
-def run_job(engine: Engine, job: Job) -> list[Any] | Failure:
-    """The results of a job's clients, one group after another; what a worker does.
+def run_job(engine: Engine, job: Job) -> Done | Failure:
+    """Computes a job; what a worker does.
 
     Args:
         engine: The worker's own.
         job: What to compute.
     """
     results: list[list[Any]] = []
-    drawn = torch.get_rng_state()
+    drawn, began = torch.get_rng_state(), time.perf_counter()
     try:
         for group in job.groups:
             results.append(run_clients(engine, job.function, group))  # noqa: PERF401 - tells which group it was
@@ -90,7 +106,7 @@ def run_job(engine: Engine, job: Job) -> list[Any] | Failure:
         return Failure(len(results), portable(error), traceback.format_exc())
     if not torch.equal(drawn, torch.get_rng_state()):
         return Failure(None, UsageError(DRAWS), "")
-    return [result for group in results for result in group]
+    return Done([result for group in results for result in group], time.perf_counter() - began)
 
 
 def portable(error: Exception) -> Exception:
@@ -118,7 +134,7 @@ def run_clients(engine: Engine, function: ClientFunction | None, clients: Sequen
     return engine.measured_buffers(clients) if function is None else engine.map(function, clients)
 
 
-def packed_outcome(outcome: list[Any] | Failure, known: Known) -> Packed:
+def packed_outcome(outcome: Done | Failure, known: Known) -> Packed:
     """A job's outcome for the way back; an exception that cannot be sent goes as its text in one of ours."""
     try:
         return pack(outcome, known)
@@ -143,7 +159,7 @@ class Crew(Protocol):
         """Hands a job to one of the workers, which computes what it gets in that order."""
         ...
 
-    def events(self) -> Iterable[tuple[int, list[Any] | Failure | Death]]:
+    def events(self) -> Iterable[tuple[int, Done | Failure | Death]]:
         """Waits until a worker has computed its first job at hand or is gone."""
         ...
 
@@ -187,6 +203,7 @@ class _Call:
         waiting: What nobody has got.
         at_hand: What each worker has got, in order.
         results: One per client, as far as they are there.
+        seconds: That workers computed, all together.
     """
 
     function: ClientFunction | None
@@ -194,15 +211,18 @@ class _Call:
     waiting: deque[_Piece]
     at_hand: list[deque[_Piece]]
     results: list[Any] = field(default_factory=list)
+    seconds: float = 0.0
 
     def job(self, piece: _Piece) -> Job:
         return Job(self.function, tuple(tuple(self.clients[place] for place in group) for group in piece.groups))
 
 
 class Workers:
-    """An engine whose clients are spread over a crew. Calls that cannot be divided are computed here.
+    """An engine whose clients are spread over a crew.
 
-    A worker that dies is replaced and its clients are run again; an exception of a client ends the call.
+    A worker that dies is replaced and its clients are run again; an exception of a client ends the call. Computed here
+    are calls that cannot be divided, and functions that workers were no help with: twice they computed for a shorter
+    time, all together, than the call took. That may depend on the machine's mood, because the numbers do not.
 
     Args:
         inner: The engine of this process; every worker has one like it.
@@ -211,6 +231,7 @@ class Workers:
 
     def __init__(self, inner: Engine, crew: Crew) -> None:
         self.inner, self._crew = inner, crew
+        self._lost: Counter[str] = Counter()
         weakref.finalize(self, crew.close)
 
     def map(self, function: ClientFunction, clients: Sequence[tuple[Any, ...]]) -> list[Any]:
@@ -234,17 +255,22 @@ class Workers:
         return self._crew.processes()
 
     def _spread(self, function: ClientFunction | None, clients: Sequence[tuple[Any, ...]]) -> list[Any]:
-        groups = _groups(self.inner, clients)
-        if len(groups) < 2:
+        groups, name = _groups(self.inner, clients), _name_of(function)
+        if len(groups) < 2 or self._lost[name] >= _PATIENCE:
             return run_clients(self.inner, function, clients)
         pieces = _cut(groups, [sum(_work(clients[place]) for place in group) for group in groups], self._crew.size)
         idle: list[deque[_Piece]] = [deque() for _ in range(self._crew.size)]
         call = _Call(function, clients, deque(pieces), idle, [None] * len(clients))
+        began = time.perf_counter()
         try:
             self._run(call)
         except BaseException:
             self._crew.close()  # whatever they compute now, nobody waits for it any more
             raise
+        if call.seconds < time.perf_counter() - began:
+            self._lost[name] += 1
+        else:
+            del self._lost[name]
         return call.results
 
     def _run(self, call: _Call) -> None:
@@ -264,14 +290,20 @@ class Workers:
                     self._crew.send(worker, call.job(own[-1]))
 
 
-def _take_in(call: _Call, worker: int, outcome: list[Any] | Failure | Death) -> None:
+def _name_of(function: ClientFunction | None) -> str:
+    """Of the function, or of its type where it is a value with options."""
+    return str(getattr(function, "__qualname__", type(function).__qualname__))
+
+
+def _take_in(call: _Call, worker: int, outcome: Done | Failure | Death) -> None:
     own = call.at_hand[worker]
     if isinstance(outcome, Failure):
         raise _raised(outcome, call, own[0]) from _Elsewhere(outcome.trace)
     if isinstance(outcome, Death):
         _mourn(call, own, outcome)
         return
-    for place, result in zip(own.popleft().places, outcome, strict=True):
+    call.seconds += outcome.seconds
+    for place, result in zip(own.popleft().places, outcome.results, strict=True):
         call.results[place] = result
 
 
