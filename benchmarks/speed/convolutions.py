@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from fedmerge import __version__
 from fedmerge.models.cnn import Cnn
-from fedmerge.models.resnet9 import ResNet9
+from fedmerge.models.resnet9 import Residual, ResNet9
 from fedmerge.training import native
 from fedmerge.training.native import functions
 
@@ -156,7 +156,7 @@ def step_works(module: nn.Module, shape: Sequence[int]) -> dict[str, Work]:
     return {
         "torch, channels first": _step(copy.deepcopy(module), x, targets),
         "torch, channels last": _step(last, x.contiguous(memory_format=torch.channels_last), targets),
-        "ours": _step(native.accelerated(last), x, targets),
+        "ours": _step(native.accelerated(last, (Residual,)), x, targets),
     }
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional
 from fedmerge.core.protocol import Batch
 from fedmerge.core.vector import layout_of
 from fedmerge.models.cnn import Cnn
-from fedmerge.models.resnet9 import ResNet9
+from fedmerge.models.resnet9 import Residual, ResNet9
 from fedmerge.training import Descent, ModuleTask, native
 from fedmerge.training.native import functions
 
@@ -317,6 +317,42 @@ def test_stages_that_follow_each_other_give_what_each_gives_alone() -> None:
         outputs.square().sum().backward()
         alone = [parameter.grad for part in parts for parameter in part.parameters()]
         assert all(torch.equal(a.grad, b) for a, b in zip(whole.parameters(), alone, strict=True))
+
+
+@pytest.mark.parametrize("norm", ["group", "batch"])
+@pytest.mark.parametrize("batch", [32, 21, 4])
+def test_a_shortcut_that_joins_a_step_changes_no_bit(norm: str, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(functions, "FEWEST_EXAMPLES", 8)  # torch takes four
+    plain = _filled(ResNet9(norm=norm).build((3, 16, 16), 10))
+    apart, joined = native.accelerated(plain), native.accelerated(plain, (Residual,))
+    assert sum(isinstance(part, list) for part in joined._plan) == 1
+    assert [name for name, _ in joined.named_parameters()] == [name for name, _ in plain.named_parameters()]
+    x, other = _followed(_draw(batch, 3, 16, 16, seed=14), _draw(batch, 3, 16, 16, seed=14))
+    a, b = apart(x), joined(other)
+    assert torch.equal(a, b)
+    a.square().sum().backward()
+    b.square().sum().backward()
+    assert torch.equal(x.grad, other.grad)
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(apart.parameters(), joined.parameters(), strict=True))
+    assert all(torch.equal(p, q) for p, q in zip(apart.buffers(), joined.buffers(), strict=True))
+
+
+def test_a_shortcut_at_the_start_of_a_network_is_added() -> None:
+    plain = nn.Sequential(Residual(nn.Sequential(_stage(False, True, 8, 2, False))), Residual(nn.Linear(6, 6)))
+    ours = native.accelerated(plain, (Residual,))
+    x, other = _followed(_draw(16, 8, 6, 6, seed=15), _draw(16, 8, 6, 6, seed=15))
+    a, b = plain(x), ours(other)
+    assert torch.allclose(a, b, atol=1e-5)
+    a.square().sum().backward()
+    b.square().sum().backward()
+    assert torch.allclose(x.grad, other.grad, rtol=1e-3, atol=1e-3)
+
+
+def test_a_shortcut_whose_sizes_differ_gets_torchs_complaint() -> None:
+    plain = nn.Sequential(Residual(nn.Sequential(_stage(False, True, 12, 2, False))))
+    for module in (plain, native.accelerated(plain, (Residual,))):
+        with pytest.raises(RuntimeError, match="must match the size"):
+            module(_draw(16, 8, 6, 6, seed=16))
 
 
 def test_an_image_that_is_too_small_gets_torchs_complaint() -> None:

@@ -41,6 +41,7 @@ class Stage:
         eps: Added to the variance.
         relu: Whether ReLU follows.
         pool: 2 if the maximum of 2 x 2 pixels follows, else 1.
+        spans: Stages, this one the last, whose first input is added to the output; 0 if nothing is.
     """
 
     stride: Pair
@@ -51,6 +52,7 @@ class Stage:
     eps: float = 0.0
     relu: bool = False
     pool: int = 1
+    spans: int = 0
 
 
 @cache
@@ -228,13 +230,16 @@ class _Chain(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, stages: tuple[Stage, ...], *tensors: Tensor | None) -> Tensor:
-        stored, kept = _stored(x), []
+        stored = _stored(x)
+        inputs: list[Tensor] = []
+        kept: list[Tensor | None] = []
         for i, stage in enumerate(stages):
             link = Link(stage, *tensors[_OF_LINK * i : _OF_LINK * (i + 1)])  # type: ignore[arg-type]
             out, inside = _run(stored, link, x.shape[0])
-            kept += [stored, inside]
-            stored = out
-        ctx.save_for_backward(*tensors, *kept)
+            inputs.append(stored)
+            kept.append(inside)
+            stored = out.add_(inputs[-stage.spans]) if stage.spans else out
+        ctx.save_for_backward(*tensors, *inputs, *kept)
         ctx.stages = stages
         return _shown(stored, x.shape[0])
 
@@ -242,14 +247,20 @@ class _Chain(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
         stages, batch, saved = ctx.stages, slope.shape[0], ctx.saved_tensors
-        tensors, kept = saved[: _OF_LINK * len(stages)], saved[_OF_LINK * len(stages) :]
+        tensors, inputs = saved[: _OF_LINK * len(stages)], saved[_OF_LINK * len(stages) :]
+        kept = inputs[len(stages) :]
         dout: Tensor | None = _stored(slope)
         found: list[Tensor | None] = []
+        passing: dict[int, Tensor] = {}  # slopes that go past stages, by the stage whose input they reach
         for i in reversed(range(len(stages))):
             first = 2 + _OF_LINK * i
             needed = (i > 0 or ctx.needs_input_grad[0], *ctx.needs_input_grad[first : first + 2])
-            link = Link(stages[i], *tensors[_OF_LINK * i : _OF_LINK * (i + 1)])
-            dout, *own = _slopes(kept[2 * i], link, kept[2 * i + 1], cast("Tensor", dout), batch, needed)
+            link, above = Link(stages[i], *tensors[_OF_LINK * i : _OF_LINK * (i + 1)]), cast("Tensor", dout)
+            if stages[i].spans:
+                passing[i + 1 - stages[i].spans] = above
+            dout, *own = _slopes(inputs[i], link, kept[i], above, batch, needed)
+            if i in passing and dout is not None:
+                dout.add_(passing[i])
             found = [*own, None, *found]
         return None if dout is None else _shown(dout, batch), None, *found
 
@@ -269,13 +280,15 @@ def takes(x: Tensor, *links: Link) -> bool:
 def _fits(image: tuple[int, ...], links: tuple[tuple[Stage, tuple[int, ...], tuple[int, ...]], ...]) -> bool:
     """Whether the sizes agree and every stage has an output; torch words the complaint where they do not."""
     channels, *sides = image
+    seen = []
     for stage, (outer, inner, *kernel), steps in links:
+        seen.append((channels, sides))
         if channels != inner * stage.groups or outer % stage.groups or min(steps) < 1:
             return False
         given = zip(sides, stage.padding, kernel, stage.stride, strict=True)
         sides = [((n + 2 * p - k) // s + 1) // stage.pool for n, p, k, s in given]
         channels = outer
-        if min(sides) < 1:
+        if min(sides) < 1 or (stage.spans and seen[-stage.spans] != (channels, sides)):
             return False
     return min(image) > 0
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from fedmerge.core.vector import twin
 from fedmerge.training.native.functions import Link, Stage, available, chained, conv2d, largest, takes
+
+Shortcuts = tuple[type[nn.Module], ...]
 
 
 class Convolution(nn.Module):
@@ -67,13 +69,14 @@ class Staged(nn.Module):
 
     Args:
         children: By name, in order.
+        shortcuts: As for `accelerated`.
     """
 
-    def __init__(self, children: dict[str, nn.Module]) -> None:
+    def __init__(self, children: dict[str, nn.Module], shortcuts: Shortcuts = ()) -> None:
         super().__init__()
         for name, child in children.items():
             self.add_module(name, child)
-        self._plan = _plan(_leaves(self))
+        self._plan = _plan(_leaves(self), shortcuts)
 
     def forward(self, x: Tensor) -> Tensor:
         """One part of the plan after another."""
@@ -86,15 +89,23 @@ def _in_one(runs: list[Run], x: Tensor) -> Tensor:
     """The runs as one step, or layer by layer where the kernels cannot take what they are given."""
     links = [run.link() for run in runs]
     if not takes(x, *links) or not all(run.is_open(x) for run in runs):
-        for run in runs:
-            for layer in run.layers:
-                x = layer(x)
-        return x
+        return _one_by_one(runs, x)
     out = chained(x, links)
     for run, link in zip(runs, links, strict=True):
         if link.moments is not None:
             _remember(cast("nn.BatchNorm2d", run.layers[1]), link.moments)
     return out
+
+
+def _one_by_one(runs: list[Run], x: Tensor) -> Tensor:
+    inputs = []
+    for run in runs:
+        inputs.append(x)
+        for layer in run.layers:
+            x = layer(x)
+        if run.stage.spans:
+            x = inputs[-run.stage.spans] + x
+    return x
 
 
 @torch.no_grad()
@@ -106,46 +117,52 @@ def _remember(norm: nn.BatchNorm2d, moments: Tensor) -> None:
     cast("Tensor", norm.num_batches_tracked).add_(1)
 
 
-def accelerated(module: nn.Module) -> nn.Module:
+def accelerated(module: nn.Module, shortcuts: Shortcuts = ()) -> nn.Module:
     """A copy that computes the same by the compiled kernels wherever they fit, or `module` itself where there are none.
 
     Parameters and buffers keep their names, shapes and order; frozen parameters are shared with `module`. Training
     needs first derivatives only: the result is not for ``torch.func`` or second derivatives. Hooks that are added to it
     later see layers that are left as they were, not those that a step has taken in.
+
+    Args:
+        module: Any network.
+        shortcuts: Classes of modules that have one child and return ``x + child(x)``. Those around stages join the step
+            of their neighbours.
     """
     if available() is not None:
         return module
-    return _swapped(twin(module))
+    return _swapped(twin(module), shortcuts)
 
 
-def _swapped(module: nn.Module) -> nn.Module:
+def _swapped(module: nn.Module, shortcuts: Shortcuts) -> nn.Module:
     if _is_open(module):
-        return _swapped_sequence(module)
+        return _swapped_sequence(module, shortcuts)
     if isinstance(module, nn.Conv2d):
         return Convolution(module).train(module.training) if is_plain(module) else module
     if _is_largest(module):
         return Largest()
     for name, child in module.named_children():
-        setattr(module, name, _swapped(child))
+        setattr(module, name, _swapped(child, shortcuts))
     return module
 
 
-def _swapped_sequence(module: nn.Module) -> nn.Module:
+def _swapped_sequence(module: nn.Module, shortcuts: Shortcuts) -> nn.Module:
     """A sequence with its stages planned and every other layer swapped; its own class where it has no stage."""
-    runs = [run for part in _plan(_leaves(module)) if isinstance(part, list) for run in part]
-    _swap_leaves(module, {id(layer) for run in runs for layer in run.layers})
+    runs = [run for part in _plan(_leaves(module), shortcuts) if isinstance(part, list) for run in part]
+    _swap_leaves(module, {id(layer) for run in runs for layer in run.layers}, shortcuts)
     if not runs:
         return module
-    staged: nn.Module = Staged(dict(zip(module._modules, _children(module), strict=True)))
+    children = dict(zip(module._modules, _children(module), strict=True))
+    staged: nn.Module = Staged(children, shortcuts)
     return staged.train(module.training)
 
 
-def _swap_leaves(module: nn.Module, kept: set[int]) -> None:
+def _swap_leaves(module: nn.Module, kept: set[int], shortcuts: Shortcuts) -> None:
     for name, child in list(module._modules.items()):
         if child is not None and _is_open(child):
-            _swap_leaves(child, kept)
-        elif child is not None and id(child) not in kept:
-            module._modules[name] = _swapped(child)
+            _swap_leaves(child, kept, shortcuts)
+        elif child is not None and id(child) not in kept and _spanned(child, shortcuts) is None:
+            module._modules[name] = _swapped(child, shortcuts)
 
 
 def _is_open(module: nn.Module) -> bool:
@@ -164,23 +181,37 @@ def _leaves(module: nn.Module) -> list[nn.Module]:
     return [leaf for part in nested for leaf in part]
 
 
-def _plan(layers: list[nn.Module]) -> list[nn.Module | list[Run]]:
+def _plan(layers: list[nn.Module], shortcuts: Shortcuts) -> list[nn.Module | list[Run]]:
     """Layers that are called as they are, and stages that follow each other."""
     plan: list[nn.Module | list[Run]] = []
-    for part in _parts(layers):
-        if isinstance(part, Run) and plan and isinstance(plan[-1], list):
-            plan[-1].append(part)
+    for part in _parts(layers, shortcuts):
+        if isinstance(part, list) and plan and isinstance(plan[-1], list):
+            plan[-1] += part
         else:
-            plan.append([part] if isinstance(part, Run) else part)
+            plan.append(part)
     return plan
 
 
-def _parts(layers: list[nn.Module]) -> Iterator[nn.Module | Run]:
+def _parts(layers: list[nn.Module], shortcuts: Shortcuts) -> Iterator[nn.Module | list[Run]]:
     at = 0
     while at < len(layers):
-        run = _run_at(layers[at:])
-        yield layers[at] if run is None else run
+        run, spanned = _run_at(layers[at:]), _spanned(layers[at], shortcuts)
+        yield spanned or (layers[at] if run is None else [run])
         at += 1 if run is None else len(run.layers)
+
+
+def _spanned(module: nn.Module, shortcuts: Shortcuts) -> list[Run] | None:
+    """The stages that a shortcut spans, the last of which adds it; None for any other module."""
+    children = _children(module)
+    if type(module) not in shortcuts or _is_watched(module) or len(children) != 1 or not _is_open(children[0]):
+        return None
+    runs: list[Run] = []
+    for part in _parts(_leaves(children[0]), ()):
+        if not isinstance(part, list):
+            return None
+        runs += part
+    last = replace(runs[-1], stage=replace(runs[-1].stage, spans=len(runs)))
+    return [*runs[:-1], last]
 
 
 def _run_at(layers: list[nn.Module]) -> Run | None:
