@@ -10,9 +10,14 @@ Names are loaded when they are first used, so that importing one room (say ``fed
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 from fedmerge._version import __version__
+
+# torch reads this when it first allocates: large tensors in large pages. A round makes its vectors anew, and the first
+# touch of small pages takes several times as long as writing the numbers does.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 if TYPE_CHECKING:
     from fedmerge.api import (

@@ -21,6 +21,8 @@ from fedmerge.experiment.resume import resume_run
 from fedmerge.models import NETWORKS
 from fedmerge.runtime import Folded, Sequential, Vectorised
 from fedmerge.training import Descent, LocalTraining
+from fedmerge.training.native import available
+from fedmerge.training.native.layers import Staged
 from small import small
 
 LONG, SHORT = (Workload(LocalTraining(batch_size=4, epochs=1), rounds, 1.0) for rounds in (10**9, 2))
@@ -46,8 +48,8 @@ def network(name="mlp", **options):
         return NETWORKS[name].cls(**options).build((1, 8, 8), 3)
 
 
-def fastest(module, work, runtime="auto", most=None):
-    return fastest_engine(runtime, module, layout_of(module), Descent(), clients(), work, most)
+def fastest(module, work, runtime="auto", most=None, kernels="torch"):
+    return fastest_engine(runtime, module, layout_of(module), Descent(), clients(), work, most, kernels=kernels)
 
 
 class Scaled(nn.Module):
@@ -103,6 +105,42 @@ def test_a_long_run_takes_the_fastest_and_remembers_it(monkeypatch, tmp_path, ca
     assert asked == [None, 2, 4]
     assert fastest(network("cnn", channels=(4, 8)), LONG)[1] != choice  # another network is another question
     assert len(list((tmp_path / "cache" / "engines").iterdir())) == 2
+
+
+def has_kernels(engine):
+    return any(isinstance(part, Staged) for part in engine._task._module.modules())
+
+
+def test_compiled_kernels_are_taken_where_they_are_fastest(monkeypatch):
+    if available() is not None:
+        pytest.skip("no compiler here")
+    monkeypatch.setattr(choices, "_milliseconds", lambda engine, *_: 1.0 if not isinstance(engine, Folded) else 3.0)
+    engine, choice = fastest(network("cnn"), LONG, kernels="auto")
+    assert choice.kernels is False  # no gain
+    monkeypatch.setattr(
+        choices,
+        "_milliseconds",
+        lambda engine, *_: 1.0 if isinstance(engine, Sequential) and has_kernels(engine) else 3.0,
+    )
+    engine, choice = fastest(network("cnn", channels=(4, 8)), LONG, kernels="auto")
+    assert choice.kernels
+    assert has_kernels(engine)
+    assert not has_kernels(fastest(network("cnn", channels=(4, 8)), LONG)[0])
+    assert choice.why.startswith(
+        "measured milliseconds per step of a client: sequential 3, sequential with compiled kernels 1, folded by 2 3"
+    )
+
+
+def test_compiled_kernels_that_are_asked_for_are_there_or_refused(monkeypatch):
+    with pytest.raises(UsageError, match="kernels: got 'compiled', but Sequential has no convolutions"):
+        fastest(network(), SHORT, kernels="compiled")
+    with pytest.raises(UsageError, match="but Sequential looks at several clients at once; expected 'torch'"):
+        fastest(network("cnn"), SHORT, "folded", kernels="compiled")
+    with pytest.raises(UsageError, match="is not computed in float32 on the CPU"):
+        fastest(network("cnn").double(), SHORT, kernels="compiled")
+    monkeypatch.setattr(choices, "available", lambda: "no compiler was found")
+    with pytest.raises(UsageError, match="has none on this machine: no compiler was found"):
+        fastest(network("cnn"), SHORT, kernels="compiled")
 
 
 @pytest.mark.parametrize("two", [8.8, 20.0])

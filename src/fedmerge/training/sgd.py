@@ -94,25 +94,25 @@ class Descending:
 
     Args:
         descent: The optimiser's constants.
-        trainable: [T] moved by every step.
+        trainable: [T], or any shape, moved by every step.
         pull: Adds ``pull · (θ − towards)`` to the gradient.
         towards: [T] centre of the pull; where `trainable` stands now by default.
     """
 
     def __init__(
-        self, descent: Descent, trainable: Float[Tensor, " T"], *, pull: float = 0.0, towards: Tensor | None = None
+        self, descent: Descent, trainable: Float[Tensor, ...], *, pull: float = 0.0, towards: Tensor | None = None
     ) -> None:
         self._descent, self._trainable, self._pull = descent, trainable, pull
         self._centre = (trainable.clone() if towards is None else towards) if pull else None
         self._velocity: Tensor | None = None
         self._moments: Moments | None = None
 
-    def step(self, slope: Float[Tensor, " T"], lr: Tensor) -> None:
+    def step(self, slope: Float[Tensor, ...], lr: Tensor) -> None:
         """One step.
 
         Args:
             slope: Gradient; overwritten.
-            lr: [] or [T]; 0 changes nothing.
+            lr: [], [T], or what else goes with the shape; 0 changes nothing.
         """
         descent, trainable = self._descent, self._trainable
         adaptive = descent.optimizer == "adamw"

@@ -212,6 +212,8 @@ class ModuleTask:
         self, params: Float[Tensor, " P"], batches: Batches, *, pull: float = 0.0, towards: Tensor | None = None
     ) -> Float[Tensor, " P"]:
         """Local SGD over `batches`, in place on the module's own vector."""
+        if not batches:
+            return params.clone()
         if self._is_cast:
             return _descended(self, params, batches, self.gradient, pull=pull, towards=towards)
         if self._dense is not None:

@@ -1,14 +1,11 @@
-"""K copies of a network in one storage, trained together.
-
-The storage holds slot after slot of the layout, and in each slot client after client: [K, size of the slot]. So every
-tensor of every layer is a view of it for all clients at once, and a step of the optimiser is one pass over it.
-"""
+"""K copies of a network, trained together."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -88,62 +85,16 @@ class Fold(ABC):
         layout: Of one of them.
         clients: K.
         objective: What outputs are held against.
-        device: Where it computes.
     """
 
-    def __init__(self, layout: Layout, clients: int, objective: Objective, device: torch.device | None) -> None:
+    def __init__(self, layout: Layout, clients: int, objective: Objective) -> None:
         self._layout, self.clients, self._objective = layout, clients, objective
-        self._storage = torch.zeros(clients * layout.num_params, dtype=layout.dtype, device=device)
-        self._slopes = torch.zeros_like(self._storage[: clients * layout.num_trainable])
-        self._parts = [self._storage[clients * s.start : clients * s.stop].view(clients, -1) for s in layout.slots]
-        trainable = [slot for slot in layout.slots if slot.role != "buffer"]
-        self._slope_parts = [self._slopes[clients * s.start : clients * s.stop].view(clients, -1) for s in trainable]
 
     @abstractmethod
-    def outputs(self, inputs: Shaped[Tensor, "K B ..."]) -> Float[Tensor, "K B ..."]:
-        """What the networks give in their present mode, each client's by its own weights."""
-
-    @abstractmethod
-    def _backward(self, batch: Batch, offset: Tensor | None = None) -> Tensor:
-        """Writes the slopes of all clients; gives their outputs."""
-
-    @abstractmethod
-    def _mode(self, *, training: bool) -> None:
-        """Training or evaluation."""
-
-    # ---------------------------------------------------------------- vectors
-
-    def _load(self, params: Float[Tensor, "K P"], *, training: bool) -> None:
-        for slot, part in zip(self._layout.slots, self._parts, strict=True):
-            part.copy_(params[:, slot.start : slot.stop])
-            if _is_counter(slot):
-                part.round_()  # the mean of several counts is a count for a module
-        self._mode(training=training)
-
-    def _vectors(self) -> Float[Tensor, "K P"]:
-        return torch.cat(self._parts, dim=1)
-
-    def _in_storage_order(self, vectors: Float[Tensor, "K T"]) -> Float[Tensor, " KT"]:
-        return torch.cat([vectors[:, s.start : s.stop].flatten() for s in self._layout.slots if s.role != "buffer"])
-
-    def _rates(self, lr: Tensor) -> Tensor:
-        """Rates [K] or [K, T] of the clients as one for each trainable entry of the storage."""
-        T = self._layout.num_trainable
-        return self._in_storage_order(lr.view(self.clients, -1).expand(self.clients, T))
-
-    # ---------------------------------------------------------------- passes
-
-    def _losses(self, outputs: Tensor, batch: Batch) -> Float[Tensor, " K"]:
-        losses = self._objective.losses(outputs.flatten(0, 1), batch.targets.flatten(0, 1))
-        return (losses.view(batch.weight.shape) * batch.weight).sum(dim=1)
-
     def slopes(self, params: Float[Tensor, "K P"], batch: Batch, offset: Tensor | None = None) -> Slope:
         """Losses [K], gradients [K, T] and new buffers [K, P − T] in training mode; `offset` is [K, B, ...]."""
-        self._load(params, training=True)
-        losses = self._losses(self._backward(batch, offset), batch)
-        buffers = self._vectors()[:, self._layout.num_trainable :]
-        return Slope(losses, torch.cat(self._slope_parts, dim=1), buffers)
 
+    @abstractmethod
     def train(
         self,
         params: Float[Tensor, "K P"],
@@ -154,25 +105,21 @@ class Fold(ABC):
         towards: Float[Tensor, "K P"] | None = None,
     ) -> Float[Tensor, "K P"]:
         """Local training of every client over `batches`, whose tensors have a leading client axis."""
-        T = self._layout.num_trainable
-        self._load(params, training=True)
-        centre = None if towards is None else self._in_storage_order(towards[:, :T])
-        descending = Descending(descent, self._storage[: self.clients * T], pull=pull, towards=centre)
-        alike = self._storage.device.type == "cpu" and _rates_are_alike(batches)  # elsewhere a look is a wait
-        for batch in batches:
-            self._backward(batch)
-            descending.step(self._slopes, batch.lr[0] if alike else self._rates(batch.lr))
-        return self._vectors()
 
-    @torch.no_grad()
+    @abstractmethod
     def predict(self, params: Float[Tensor, "K P"], inputs: Shaped[Tensor, "K B ..."]) -> Tensor:
         """Outputs in evaluation mode, [K, B, ...]."""
-        self._load(params, training=False)
-        return self.outputs(inputs)
+
+    def _losses(self, outputs: Tensor, batch: Batch) -> Float[Tensor, " K"]:
+        losses = self._objective.losses(outputs.flatten(0, 1), batch.targets.flatten(0, 1))
+        return (losses.view(batch.weight.shape) * batch.weight).sum(dim=1)
 
 
 class ModuleFold(Fold):
     """A network whose layers are replaced by their folded forms.
+
+    The storage holds slot after slot of the layout, and in each slot client after client: [K, size of the slot]. So
+    every tensor of every layer is a view of it for all clients at once, and a step is one pass over it.
 
     Args:
         module: Of one client; copied but for frozen parameters.
@@ -185,7 +132,12 @@ class ModuleFold(Fold):
     def __init__(
         self, module: nn.Module, layout: Layout, clients: int, objective: Objective, device: torch.device | None
     ) -> None:
-        super().__init__(layout, clients, objective, device)
+        super().__init__(layout, clients, objective)
+        self._storage = torch.zeros(clients * layout.num_params, dtype=layout.dtype, device=device)
+        self._slopes = torch.zeros_like(self._storage[: clients * layout.num_trainable])
+        self._parts = [self._storage[clients * s.start : clients * s.stop].view(clients, -1) for s in layout.slots]
+        trainable = [slot for slot in layout.slots if slot.role != "buffer"]
+        self._slope_parts = [self._slopes[clients * s.start : clients * s.stop].view(clients, -1) for s in trainable]
         self._form = form_of(module, layout)
         self._module = self._folded(twin(module).to(device).requires_grad_(False))
 
@@ -240,6 +192,57 @@ class ModuleFold(Fold):
             self._losses(outputs, batch).sum().backward()  # type: ignore[no-untyped-call]
         return outputs.detach()
 
+    def _load(self, params: Float[Tensor, "K P"], *, training: bool) -> None:
+        for slot, part in zip(self._layout.slots, self._parts, strict=True):
+            part.copy_(params[:, slot.start : slot.stop])
+            if _is_counter(slot):
+                part.round_()  # the mean of several counts is a count for a module
+        self._mode(training=training)
+
+    def _vectors(self) -> Float[Tensor, "K P"]:
+        return torch.cat(self._parts, dim=1)
+
+    def _in_storage_order(self, vectors: Float[Tensor, "K T"]) -> Float[Tensor, " KT"]:
+        return torch.cat([vectors[:, s.start : s.stop].flatten() for s in self._layout.slots if s.role != "buffer"])
+
+    def _rates(self, lr: Tensor) -> Tensor:
+        """Rates [K] or [K, T] of the clients as one for each trainable entry of the storage."""
+        T = self._layout.num_trainable
+        return self._in_storage_order(lr.view(self.clients, -1).expand(self.clients, T))
+
+    def slopes(self, params: Float[Tensor, "K P"], batch: Batch, offset: Tensor | None = None) -> Slope:
+        """Losses [K], gradients [K, T] and new buffers [K, P − T] in training mode; `offset` is [K, B, ...]."""
+        self._load(params, training=True)
+        losses = self._losses(self._backward(batch, offset), batch)
+        buffers = self._vectors()[:, self._layout.num_trainable :]
+        return Slope(losses, torch.cat(self._slope_parts, dim=1), buffers)
+
+    def train(
+        self,
+        params: Float[Tensor, "K P"],
+        batches: Batches,
+        descent: Descent,
+        *,
+        pull: float = 0.0,
+        towards: Float[Tensor, "K P"] | None = None,
+    ) -> Float[Tensor, "K P"]:
+        """Local training of every client over `batches`, whose tensors have a leading client axis."""
+        T = self._layout.num_trainable
+        self._load(params, training=True)
+        centre = None if towards is None else self._in_storage_order(towards[:, :T])
+        descending = Descending(descent, self._storage[: self.clients * T], pull=pull, towards=centre)
+        alike = self._storage.device.type == "cpu" and _rates_are_alike(batches)  # elsewhere a look is a wait
+        for batch in batches:
+            self._backward(batch)
+            descending.step(self._slopes, batch.lr[0] if alike else self._rates(batch.lr))
+        return self._vectors()
+
+    @torch.no_grad()
+    def predict(self, params: Float[Tensor, "K P"], inputs: Shaped[Tensor, "K B ..."]) -> Tensor:
+        """Outputs in evaluation mode, [K, B, ...]."""
+        self._load(params, training=False)
+        return self.outputs(inputs)
+
 
 class _Unseeing(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes whether a number leaves a tensor, as in ``if y.sum() > 0``."""
@@ -284,26 +287,63 @@ def _of_all(part: Float[Tensor, "K n"], slot: Slot) -> Tensor:
 
 
 class DenseFold(Fold):
-    """A fold of perceptrons, whose gradient has a closed form (see `training.dense`): no autograd, no new vectors."""
+    """A fold of perceptrons, whose gradient has a closed form (see `training.dense`): no autograd, one copy of vectors.
+
+    Args:
+        layout: Of one of them.
+        clients: K.
+        links: Its layers.
+        device: Where it computes.
+    """
 
     def __init__(self, layout: Layout, clients: int, links: dense.Chain, *, device: torch.device | None = None) -> None:
-        super().__init__(layout, clients, CLASSES, device)
+        super().__init__(layout, clients, CLASSES)
         self._chain = links
-        slots = layout.slots
-        self._weights = {slot.name: _of_all(part, slot) for slot, part in zip(slots, self._parts, strict=True)}
-        self._into = {slot.name: _of_all(part, slot) for slot, part in zip(slots, self._slope_parts, strict=True)}
+        empty = partial(torch.zeros, dtype=layout.dtype, device=device)
+        self._into = {slot.name: empty(clients, *slot.shape) for slot in layout.slots}
 
-    def _mode(self, *, training: bool) -> None:
-        pass  # perceptrons are the same in both
+    def _weights(self, params: Float[Tensor, "K P"]) -> dict[str, Tensor]:
+        """Views of the vectors as the layers' tensors."""
+        return {s.name: params[:, s.start : s.stop].view(len(params), *s.shape) for s in self._layout.slots}
 
-    def outputs(self, inputs: Shaped[Tensor, "K B ..."]) -> Float[Tensor, "K B C"]:
-        """What the perceptrons give; never in fewer bits than their vectors have."""
-        with _in_full(inputs):
-            return dense.outputs(self._chain, self._weights, inputs.flatten(2))[1]
-
-    def _backward(self, batch: Batch, offset: Tensor | None = None) -> Tensor:
+    def _write(self, weights: dict[str, Tensor], batch: Batch, offset: Tensor | None = None) -> Tensor:
+        """Writes the slopes; gives the outputs."""
         with _in_full(batch.inputs):
-            return dense.write_slopes(self._chain, self._weights, self._into, batch, offset)
+            return dense.write_slopes(self._chain, weights, self._into, batch, offset)
+
+    def slopes(self, params: Float[Tensor, "K P"], batch: Batch, offset: Tensor | None = None) -> Slope:
+        """Losses [K], gradients [K, T] and no buffers; `offset` is [K, B, C]."""
+        losses = self._losses(self._write(self._weights(params), batch, offset), batch)
+        return Slope(losses, torch.cat([slope.flatten(1) for slope in self._into.values()], dim=1), params[:, :0])
+
+    def train(
+        self,
+        params: Float[Tensor, "K P"],
+        batches: Batches,
+        descent: Descent,
+        *,
+        pull: float = 0.0,
+        towards: Float[Tensor, "K P"] | None = None,
+    ) -> Float[Tensor, "K P"]:
+        """Local training of every client, each slot moved in place where it stands in the vectors."""
+        moved = params.clone(memory_format=torch.contiguous_format)
+        weights, slots = self._weights(moved), self._layout.slots
+        parts = [(slice(s.start, s.stop), self._into[s.name].flatten(1)) for s in slots]
+        every = [
+            Descending(descent, moved[:, own], pull=pull, towards=None if towards is None else towards[:, own])
+            for own, _ in parts
+        ]
+        for batch in batches:
+            self._write(weights, batch)
+            rate = batch.lr[:, None] if batch.lr.dim() == 1 else batch.lr
+            for descending, (own, slope) in zip(every, parts, strict=True):
+                descending.step(slope, rate if rate.shape[1] == 1 else rate[:, own])
+        return moved
+
+    def predict(self, params: Float[Tensor, "K P"], inputs: Shaped[Tensor, "K B ..."]) -> Float[Tensor, "K B C"]:
+        """Outputs; never in fewer bits than the vectors have."""
+        with _in_full(inputs):
+            return dense.outputs(self._chain, self._weights(params), inputs.flatten(2))[1]
 
 
 def _in_full(inputs: Tensor) -> AbstractContextManager[Any]:

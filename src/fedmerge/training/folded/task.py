@@ -90,6 +90,8 @@ class FoldedTask(FunctionalTask):
         self, params: Float[Tensor, " P"], batches: Batches, *, pull: float = 0.0, towards: Tensor | None = None
     ) -> Float[Tensor, " P"]:
         """Local SGD over `batches`."""
+        if not batches:
+            return params
         leaves = [tensor for batch in batches for tensor in batch]
         centre = () if towards is None else (towards,)
 
