@@ -426,9 +426,9 @@ INLINE void transform_image(int m, const float *in, int64_t pixel, int64_t heigh
     }
 }
 
-/* A' M A of one tile, into those of its m x m pixels that exist. */
+/* A' M A of one tile, into those of its m x m pixels that exist: `down` rows of `right` pixels. */
 INLINE void transform_result(int m, const float *from, int64_t step, int64_t size, float *out, int64_t pixel,
-                             int64_t height, int64_t width, int64_t top, int64_t left) {
+                             int64_t row_step, int64_t down, int64_t right) {
     const int t = m + 2;
     for (int64_t i = 0; i < size; i += VL) {
         vec column[MAX_TILE], half[MAX_TILE * MAX_TILE], row[MAX_TILE];
@@ -439,8 +439,7 @@ INLINE void transform_result(int m, const float *from, int64_t step, int64_t siz
         UNROLL for (int y = 0; y < m; y++) {
             result_axis(m, half + y * t, 1, row, 1);
             UNROLL for (int x = 0; x < m; x++)
-                if (top + y < height && left + x < width)
-                    store(out + ((top + y) * width + left + x) * pixel + i, row[x]);
+                if (y < down && x < right) store(out + y * row_step + x * pixel + i, row[x]);
         }
     }
 }
@@ -467,9 +466,14 @@ INLINE void winograd(int m, const Shape *s, const float *in, int64_t in_height, 
                 product(images + p * in_step + i * terms * lanes, filters + p * block, terms, lanes,
                         results + p * out_step + i * outer * lanes, outer);
         for (int64_t i = 0; i < count; i++) {
-            int64_t tile = first + i;
-            transform_result(m, results + i * outer * lanes, out_step, outer * lanes, out, out_pixel, out_height,
-                             out_width, tile / across * m, tile % across * m);
+            int64_t tile = first + i, top = tile / across * m, left = tile % across * m, row = out_width * out_pixel;
+            const float *from = results + i * outer * lanes;
+            float *to = out + top * row + left * out_pixel;
+            if (top + m <= out_height && left + m <= out_width)
+                transform_result(m, from, out_step, outer * lanes, to, out_pixel, row, m, m);
+            else
+                transform_result(m, from, out_step, outer * lanes, to, out_pixel, row, out_height - top,
+                                 out_width - left);
         }
     }
 }
