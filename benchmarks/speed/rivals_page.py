@@ -163,7 +163,8 @@ def _version(row: Found) -> str:
 def _counted(row: Found) -> str:
     counted, steps = row["check"]["steps"], row["steps"]
     if "difference" in row["check"]:
-        return f"as planned, {steps} (same average as `naive`)" if counted == steps else f"**another average**, {steps}"
+        other = f"`{REFERENCE}+authors`" if row["name"].endswith("+authors") else "`naive`"
+        return f"as planned, {steps} (same models as {other})" if counted == steps else f"**other models than {other}**"
     return f"{counted}" if counted == steps else f"**{counted} of {steps}**"
 
 
