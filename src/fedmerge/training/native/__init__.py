@@ -1,7 +1,8 @@
 """Compiled kernels for small convolutional networks on the CPU: optional, made by the machine's own C compiler.
 
 Nothing is compiled on installation. The first use compiles, for this processor, into the cache folder; without a
-compiler, or with ``FEDMERGE_NATIVE=0``, torch computes as always and `available` tells the reason.
+compiler, or with ``FEDMERGE_NATIVE=0``, torch computes as always and `available` tells the reason. Once loaded, memory
+that is freed stays with the process, which makes torch's own steps faster too.
 """
 
 from fedmerge.training.native.build import NoKernelsError
