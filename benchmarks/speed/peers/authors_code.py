@@ -12,7 +12,7 @@ import sys
 import tempfile
 from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from talk import Peer, marked_network, options, own_channel, serve
@@ -46,10 +46,10 @@ def authors_modules(checkout: str) -> tuple[Any, Any]:
     return importlib.import_module("server_merging"), importlib.import_module("clients_merging")
 
 
-def arguments(workload: Workload) -> SimpleNamespace:
+def arguments(workload: Workload, folder: str) -> SimpleNamespace:
     """What their command line would say."""
     return SimpleNamespace(
-        path=tempfile.mkdtemp(prefix="authors-"),
+        path=folder,
         data_name="random",
         use_class_partition=True,
         num_client=workload.played,
@@ -67,9 +67,9 @@ def arguments(workload: Workload) -> SimpleNamespace:
 class Authors:
     """Their main loop's body, cut into what trains and what evaluates."""
 
-    def __init__(self, workload: Workload, checkout: str) -> None:
+    def __init__(self, workload: Workload, checkout: str, folder: str) -> None:
         server_module, client_module = authors_modules(checkout)
-        self.args, model = arguments(workload), marked_network(workload)
+        self.args, model = arguments(workload, folder), marked_network(workload)
         server_module.load_model = lambda *_: model
         data = {}
         few = max(1, workload.examples // 10)
@@ -107,9 +107,14 @@ class Authors:
 
 
 def main() -> None:
-    """Serves."""
+    """Serves; what their server writes goes to a folder that is deleted."""
     channel, asked = own_channel(), options()
-    run = Authors(asked.workload, asked.checkout)
+    with tempfile.TemporaryDirectory(prefix="authors-") as folder:
+        served(Authors(asked.workload, asked.checkout, folder), channel)
+
+
+def served(run: Authors, channel: TextIO) -> None:
+    """Answers, with the parts of a round that are the authors' own."""
     watched = (
         (importlib.import_module("metric").meters, "update_performance", "scores"),
         (importlib.import_module("metric").meters, "produce_metric", "scores"),
