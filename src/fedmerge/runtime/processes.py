@@ -261,6 +261,7 @@ def _live(post: _Post, make: Callable[[], Engine], known: Known) -> None:
     """Computes one job after another until the parent is gone, however that ended."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     signal.signal(signal.SIGALRM, partial(_end_without, post.parent))
+    signal.siginterrupt(signal.SIGALRM, False)  # no library sees a call cut short
     signal.setitimer(signal.ITIMER_REAL, _LOOK_UP_SECONDS, _LOOK_UP_SECONDS)
     torch.set_num_threads(1)
     engine = make()
