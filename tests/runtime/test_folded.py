@@ -186,7 +186,6 @@ def _partly_frozen() -> nn.Module:
     ("net", "reason"),
     [
         (Scaled(), "a layer of class Scaled has weights"),
-        (nn.Sequential(nn.Conv2d(1, 2, 3, padding_mode="reflect"), nn.Flatten(), nn.Linear(8, 2)), "pad with other"),
         (nn.Sequential(nn.BatchNorm1d(4, momentum=None), nn.Linear(4, 2)), "cumulative mean"),
         (nn.Sequential(nn.Conv2d(1, 2, 3), nn.LayerNorm(4), nn.Flatten(), nn.Linear(8, 2)), "stands beside conv"),
         (nn.Sequential(nn.Embedding(4, 2, padding_idx=0), nn.Linear(2, 2)), "embeddings with padding"),

@@ -103,14 +103,14 @@ class Guarded:
     def init(self, draw: Draw, federation: Federation, seed: int) -> Watched:
         """The method's state, nobody heard of yet."""
         N = federation.num_clients
-        last, counts, clipped, capped = (torch.zeros(N, dtype=torch.int64) for _ in range(4))
+        last, clipped, capped = (torch.zeros(N, dtype=torch.int32) for _ in range(3))  # rounds, of which no run has 2³¹
         return Watched(
             method=self.algorithm.init(draw, federation, seed),
             edges=torch.tensor([federation.num_trainable, len(draw(0))]),
             round=torch.tensor(0),
             last=last,
             norms=torch.zeros(2, N, dtype=torch.float64),
-            counts=counts,
+            counts=torch.zeros(N, dtype=torch.int64),
             clipped=clipped,
             capped=capped,
         )
@@ -192,7 +192,7 @@ def _shorten(part: Float[Tensor, "C S"], long: Bool[Tensor, " C"], scale: Float[
 
 def _counted(times: Int[Tensor, " N"], clients: Int[Tensor, " k"]) -> Int[Tensor, " N"]:
     """One more for each of these clients."""
-    return times.index_add(0, clients, torch.ones_like(clients)) if len(clients) else times
+    return times.index_add(0, clients, torch.ones_like(clients, dtype=times.dtype)) if len(clients) else times
 
 
 def _trainable(state: Watched, delta: Float[Tensor, "C S"]) -> int:

@@ -309,11 +309,27 @@ def with_tensors(state: StateT, tensors: Mapping[str, Tensor], prefix: str = "")
             values[field.name] = with_tensors(old, tensors, name + ".")
         elif name not in tensors:
             raise FedmergeError(f"the saved state has no {name!r}; it holds {', '.join(sorted(tensors))}")
-        elif tensors[name].dtype != old.dtype:
-            raise FedmergeError(f"the saved state's {name!r} is {tensors[name].dtype}; expected {old.dtype}")
         else:
-            values[field.name] = tensors[name]
+            values[field.name] = in_type(tensors[name], old.dtype)
+            if values[field.name] is None:
+                raise FedmergeError(f"the saved state's {name!r} is {tensors[name].dtype}; expected {old.dtype}")
     return dataclasses.replace(state, **values)  # type: ignore[type-var]
+
+
+_COUNTS = (torch.int32, torch.int64)
+
+
+def in_type(found: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """A saved tensor in the type that it has now; None if that is another one than it was saved in.
+
+    Whole numbers may have been wider or narrower, as long as every one of them fits.
+    """
+    if found.dtype == dtype:
+        return found
+    if found.dtype not in _COUNTS or dtype not in _COUNTS:
+        return None
+    cast = found.to(dtype)
+    return cast if torch.equal(cast.long(), found.long()) else None
 
 
 SERVER_MODELS = ("soup.models", "averages.models", "models")

@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from fedmerge.core.errors import FedmergeError, UsageError
 from fedmerge.core.files import write_atomically
 from fedmerge.core.options import build_options
-from fedmerge.core.protocol import state_tensors, with_tensors
+from fedmerge.core.protocol import in_type, state_tensors, with_tensors
 from fedmerge.core.strict_json import parse_json_table
 from fedmerge.core.tensor_files import read_tensors
 from fedmerge.experiment.record import RoundRecord, rounds_from
@@ -123,7 +123,7 @@ def restored(start: Progress, tensors: Mapping[str, Tensor], round_number: int) 
         odd = sorted(expected.keys() ^ tensors.keys())
         raise FedmergeError(f"it has not the tensors of this run: {', '.join(odd[:5])}{' ...' if odd[5:] else ''}")
     for name, tensor in tensors.items():
-        if tensor.dtype != expected[name].dtype or tensor.dim() != expected[name].dim():
+        if in_type(tensor, expected[name].dtype) is None or tensor.dim() != expected[name].dim():
             form = f"{tensor.dtype} with {tensor.dim()} axes"
             raise FedmergeError(f"{name} is {form}; expected {expected[name].dtype} with {expected[name].dim()}")
     server = {name.removeprefix("server."): t for name, t in tensors.items() if name.startswith("server.")}

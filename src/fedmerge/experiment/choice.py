@@ -10,11 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import platform
 import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -32,6 +34,7 @@ from fedmerge.core.strict_json import parse_json_table, read_bounded
 from fedmerge.core.vector import Layout
 from fedmerge.data import Examples, FederatedData
 from fedmerge.data.cache import cache_folder
+from fedmerge.models.resnet9 import Residual
 from fedmerge.runtime import Engine, Folded, Sequential, Vectorised
 from fedmerge.runtime.place import HERE, Place
 from fedmerge.runtime.rounds import plain_training
@@ -56,6 +59,8 @@ _FOLDS = (2, 4, 8, 16, 32, 64)
 _GAIN = 0.95
 """A faster engine is taken if it needs at most this share of the sequential one's time."""
 _CONVOLUTIONS_AT_ONCE = 4
+_WORTH = 0.98
+"""Twice as many clients at once are tried until two doublings have not brought the time down to this share."""
 _PATIENCE = 0.5
 """Seconds that a measurement may take to be repeated."""
 
@@ -85,10 +90,16 @@ class Choice:
             UsageError: if it cannot run the network.
         """
         if self.runtime == "sequential":
-            module = accelerated(module) if self.kernels else module
+            module = _with_kernels(module) if self.kernels else module
             return Sequential(module, layout, descent, objective=objective, place=place)
-        kind = Folded if self.runtime == "folded" else Vectorised
+        kind = (
+            partial(Folded, finish=_with_kernels if self.kernels else None) if self.runtime == "folded" else Vectorised
+        )
         return kind(module, layout, descent, objective=objective, most=self.most, place=place)
+
+
+def _with_kernels(module: nn.Module) -> nn.Module:
+    return accelerated(module, (Residual,))
 
 
 def objective_of(data: FederatedData) -> Objective:
@@ -128,7 +139,7 @@ def choose_engine(
     """
     trial = Trial(module, layout, descent, data, place)
     if kernels == "compiled":
-        return trial.compiled(runtime)
+        return trial.compiled(runtime, most)
     if runtime != "auto":
         return trial.asked(runtime, most)
     reason = "the rule for networks like this"
@@ -240,29 +251,29 @@ class Trial:
             )
         return found, choice
 
-    def compiled(self, runtime: str) -> tuple[Engine, Choice]:
-        """One by one with compiled kernels.
+    def compiled(self, runtime: str, most: int | None) -> tuple[Engine, Choice]:
+        """One by one or folded, with compiled kernels.
 
         Raises:
             UsageError: if there are none, they do not fit, or another runtime is asked for.
         """
-        found = "looks at several clients at once" if runtime not in ("auto", "sequential") else self.with_kernels()
-        if isinstance(found, str):
-            raise UsageError(f"kernels: got 'compiled', but {type(self.module).__name__} {found}; expected 'torch'")
-        return found[0], replace(found[1], why="asked for")
+        found = "cannot use them in runtime 'vectorised'" if runtime == "vectorised" else self.without_kernels()
+        choice = Choice("sequential", why="asked for", kernels=True)
+        if runtime == "folded":
+            choice = replace(choice, runtime=runtime, most=most or _CONVOLUTIONS_AT_ONCE)
+        engine = self.tried(choice) if found is None else found
+        if isinstance(engine, str):
+            raise UsageError(f"kernels: got 'compiled', but {type(self.module).__name__} {engine}; expected 'torch'")
+        return engine, choice
 
-    def with_kernels(self) -> tuple[Engine, Choice] | str:
-        """The sequential engine with compiled kernels, or why there is none."""
+    def without_kernels(self) -> str | None:
+        """Why compiled kernels are of no use here; None if they are."""
         if self.layout.dtype != torch.float32 or self.place != HERE:
             return "is not computed in float32 on the CPU"
         if not any(isinstance(part, nn.Conv2d) for part in self.module.modules()):
             return "has no convolutions"
         reason = available()
-        if reason is not None:
-            return f"has none on this machine: {reason}"
-        choice = Choice("sequential", kernels=True)
-        found = self.tried(choice)
-        return found if isinstance(found, str) else (found, choice)
+        return None if reason is None else f"has none on this machine: {reason}"
 
     def tried(self, choice: Choice) -> Engine | str:
         """The engine, or why it cannot stand in for the sequential one."""
@@ -353,25 +364,33 @@ def _operations(trial: Trial, data: FederatedData, work: Workload) -> float:
 
 def _measured(trial: Trial, data: FederatedData, work: Workload, most: int | None, kernels: Kernels) -> Choice:
     """The fastest of the engines that give the sequential numbers."""
-    times = {Choice("sequential"): _milliseconds(trial.sequential, trial, data, work, 1)}
-    compiled = trial.with_kernels() if kernels == "auto" else "is not asked to"
-    if isinstance(compiled, str):
-        log.info("%s does not run with compiled kernels, because it %s", type(trial.module).__name__, compiled)
-    else:
-        times[compiled[1]] = _milliseconds(compiled[0], trial, data, work, 1)
     size = min(64, max(1, round(work.fraction * len(data.clients))))
-    for choice in _folds(trial, most, size) or [Choice("vectorised", most)]:
-        best = min(value for known, value in times.items() if not known.kernels)
+    plain = Choice("sequential")
+    times = {plain: _milliseconds(trial.sequential, trial, data, work, 1)}
+
+    def measure(choice: Choice) -> float:
+        """Its time; infinite if it does not run."""
         found = trial.tried(choice)
         if isinstance(found, str):
-            log.info("%s does not run %s, because it %s", type(trial.module).__name__, choice.runtime, found)
-            break
+            log.info("%s does not run %s, because it %s", type(trial.module).__name__, _text(choice), found)
+            return math.inf
         times[choice] = _milliseconds(found, trial, data, work, min(choice.most or size, size))
-        if times[choice] > 1.1 * best:
-            break
+        return times[choice]
+
+    reason = "is not asked to" if kernels == "torch" else trial.without_kernels()
+    if reason is not None:
+        log.info("%s does not run with compiled kernels, because it %s", type(trial.module).__name__, reason)
+    with_kernels = reason is None and measure(replace(plain, kernels=True)) < times[plain]
+    best, in_vain = math.inf, 0
+    for choice in _folds(trial, most, size) or [Choice("vectorised", most)]:
+        now = measure(replace(choice, kernels=with_kernels and choice.runtime == "folded"))
+        in_vain = 0 if now < _WORTH * best else in_vain + 1
+        best = min(best, now)
+        if in_vain == 2:
+            break  # more clients at once gain nothing any more
     fastest = min(times, key=lambda choice: times[choice])
-    if times[fastest] > _GAIN * times[Choice("sequential")]:
-        fastest = Choice("sequential")
+    if times[fastest] > _GAIN * times[plain]:
+        fastest = plain
     why = ", ".join(f"{_text(choice)} {value:.3g}" for choice, value in times.items())
     return replace(fastest, why=f"measured milliseconds per step of a client: {why}")
 

@@ -22,7 +22,7 @@ from fedmerge.core.protocol import Batch, Batches, stack, take
 from fedmerge.core.vector import Layout
 from fedmerge.runtime.place import HERE, Place
 from fedmerge.training.batches import Planned, drawn_together, step_sizes
-from fedmerge.training.folded.fold import why_not
+from fedmerge.training.folded.fold import Finish, why_not
 from fedmerge.training.folded.task import FoldedTask
 from fedmerge.training.objective import CLASSES, Objective
 from fedmerge.training.private import ExampleGradients, protected_task, refuse_protected
@@ -131,7 +131,6 @@ class Vectorised:
     """
 
     name = "vectorised"
-    task: Callable[..., FunctionalTask] = FunctionalTask
 
     def __init__(
         self,
@@ -145,11 +144,14 @@ class Vectorised:
     ) -> None:
         self._refuse(module, layout)
         module, self._place = _moved(module, place), place
-        self._task = type(self).task(module, layout, descent, objective=objective)
+        self._task = self._made(module, layout, descent, objective)
         self._paddable, self._twin = not is_batch_coupled(module), self._task
         if not self._paddable:
-            self._twin = type(self).task(measuring_twin(module), layout, descent, objective=objective)
+            self._twin = self._made(measuring_twin(module), layout, descent, objective)
         self._most = most or max(16, min(64, _CHUNK_NUMBERS // layout.num_params))
+
+    def _made(self, module: nn.Module, layout: Layout, descent: Descent, objective: Objective) -> FunctionalTask:
+        return FunctionalTask(module, layout, descent, objective=objective)
 
     def _refuse(self, module: nn.Module, layout: Layout) -> None:
         """Raises UsageError for a network that cannot run here."""
@@ -230,13 +232,30 @@ class Folded(Vectorised):
         objective: What outputs are held against.
         most: Clients in one chunk at most; as for `Vectorised` by default.
         place: Where clients are computed.
+        finish: What is made of each folded network, for example one with compiled kernels.
 
     Raises:
         UsageError: for a network that cannot be folded, with the reason.
     """
 
     name = "folded"
-    task = FoldedTask
+
+    def __init__(
+        self,
+        module: nn.Module,
+        layout: Layout,
+        descent: Descent,
+        *,
+        objective: Objective = CLASSES,
+        most: int | None = None,
+        place: Place = HERE,
+        finish: Finish | None = None,
+    ) -> None:
+        self._finish = finish
+        super().__init__(module, layout, descent, objective=objective, most=most, place=place)
+
+    def _made(self, module: nn.Module, layout: Layout, descent: Descent, objective: Objective) -> FunctionalTask:
+        return FoldedTask(module, layout, descent, objective=objective, finish=self._finish)
 
     def _refuse(self, module: nn.Module, layout: Layout) -> None:
         super()._refuse(module, layout)

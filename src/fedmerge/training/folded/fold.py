@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import chain
@@ -17,9 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fedmerge.core.protocol import Batch, Batches, Slope
 from fedmerge.core.vector import Layout, Slot, twin
 from fedmerge.training import dense
-from fedmerge.training.folded.layers import KNOWN, Form
+from fedmerge.training.folded.layers import KNOWN, WIDE, Form
 from fedmerge.training.objective import CLASSES, Objective
 from fedmerge.training.sgd import Descending, Descent
+
+Finish = Callable[[nn.Module], nn.Module]
 
 
 def why_not(module: nn.Module, layout: Layout) -> str | None:
@@ -127,10 +129,18 @@ class ModuleFold(Fold):
         clients: K.
         objective: What outputs are held against.
         device: Where it computes.
+        finish: What is made of the folded network before it gets its tensors; names stay.
     """
 
     def __init__(
-        self, module: nn.Module, layout: Layout, clients: int, objective: Objective, device: torch.device | None
+        self,
+        module: nn.Module,
+        layout: Layout,
+        clients: int,
+        objective: Objective,
+        device: torch.device | None,
+        *,
+        finish: Finish | None = None,
     ) -> None:
         super().__init__(layout, clients, objective)
         self._storage = torch.zeros(clients * layout.num_params, dtype=layout.dtype, device=device)
@@ -139,33 +149,39 @@ class ModuleFold(Fold):
         trainable = [slot for slot in layout.slots if slot.role != "buffer"]
         self._slope_parts = [self._slopes[clients * s.start : clients * s.stop].view(clients, -1) for s in trainable]
         self._form = form_of(module, layout)
-        self._module = self._folded(twin(module).to(device).requires_grad_(False))
+        folded, wide = self._folded(twin(module).to(device).requires_grad_(False))
+        self._module = folded if finish is None else finish(folded)
+        self._attach(wide)
 
-    def _folded(self, module: nn.Module) -> nn.Module:
-        """The module with layers whose tensors are views of the storage."""
-        tensors = dict(self._tensors())
-        for owner in dict.fromkeys(name.rpartition(".")[0] for name in tensors):
-            part = module.get_submodule(owner)
+    def _folded(self, module: nn.Module) -> tuple[nn.Module, set[str]]:
+        """The module with folded layers; and the names of those that are wide ones."""
+        owners = dict.fromkeys(name.rpartition(".")[0] for name in _names(self._layout))
+        parts = {owner: module.get_submodule(owner) for owner in owners}
+        for owner, part in parts.items():
             folded = KNOWN[type(part)][0](part, self.clients, self._form).train(part.training)
-            for name in (*part._parameters, *part._buffers):
-                folded.hold(name, tensors.get(f"{owner}.{name}".lstrip(".")))
-            if owner == "":
-                return folded
             above, _, last = owner.rpartition(".")
-            module.get_submodule(above)._modules[last] = folded
-        return module
+            if owner:
+                module.get_submodule(above)._modules[last] = folded
+            else:
+                module = folded
+        return module, {owner for owner, part in parts.items() if isinstance(part, WIDE)}
 
-    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Each travelling tensor of all clients, by every name that it has."""
+    def _attach(self, wide: set[str]) -> None:
+        """Makes every travelling tensor of the folded layers, by every name that it has, a view of the storage."""
         slopes = iter(self._slope_parts)
         for slot, part in zip(self._layout.slots, self._parts, strict=True):
-            tensor = _of_all(part, slot).data  # its own version counter: BatchNorm moves buffers while weights are held
-            if slot.role != "buffer":
-                tensor = nn.Parameter(tensor)
-                tensor.grad = _of_all(next(slopes), slot)
-            yield slot.name, tensor
-            for alias in slot.aliases:
-                yield alias, tensor
+            flat = slot.layer in wide and not _is_counter(slot)
+            own = _of_all(part, slot, flat=flat).data  # with a version of its own: buffers move while weights are held
+            parameter = None if slot.role == "buffer" else nn.Parameter(own)
+            if parameter is not None:
+                parameter.grad = _of_all(next(slopes), slot, flat=flat)
+            for name in (slot.name, *slot.aliases):
+                owner, _, last = name.rpartition(".")
+                holder = self._module.get_submodule(owner)
+                if parameter is None:
+                    holder._buffers[last] = own
+                else:
+                    holder._parameters[last] = parameter
 
     def _mode(self, *, training: bool) -> None:
         if self._module.training != training:
@@ -278,12 +294,13 @@ def _rates_are_alike(batches: Batches) -> bool:
     return all(rate.dim() == 1 for rate in rates) and bool(torch.stack([r.max() == r.min() for r in rates]).all())
 
 
-def _of_all(part: Float[Tensor, "K n"], slot: Slot) -> Tensor:
-    """A slot of all clients as the tensor of a folded layer."""
-    if len(slot.shape) == 4:
+def _of_all(part: Float[Tensor, "K n"], slot: Slot, *, flat: bool) -> Tensor:
+    """A slot of all clients as the tensor of a folded layer; `flat`: of a wide one, without a client axis."""
+    if flat and len(slot.shape) == 4:
         o, i, h, w = slot.shape
         return part.view(len(part) * o, h, w, i).permute(0, 3, 1, 2)
-    return part.view(len(part), *slot.shape)
+    shape = (len(part), *slot.shape)
+    return part.view(shape[0] * shape[1], *shape[2:]) if flat else part.view(shape)
 
 
 class DenseFold(Fold):
@@ -359,9 +376,10 @@ def fold_of(
     *,
     objective: Objective = CLASSES,
     device: torch.device | None = None,
+    finish: Finish | None = None,
 ) -> Fold:
     """The fastest fold of `clients` networks like `module`."""
     links = dense.chain_of(module, layout) if objective is CLASSES else None
     if links is not None:
         return DenseFold(layout, clients, links, device=device)
-    return ModuleFold(module, layout, clients, objective, device)
+    return ModuleFold(module, layout, clients, objective, device, finish=finish)

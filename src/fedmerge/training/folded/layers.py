@@ -3,7 +3,10 @@
 Activations lie in one of two forms. *Channels*: [B, K·C, ...], the clients' channels side by side, which convolutions
 take in groups. *Rows*: [K·B, ..., F], the clients' batches one after another, which everything else takes. In both,
 whatever a network does to single entries (ReLU, sums, pooling) it does for all clients as for one, so its own code runs
-as it is. Weights are [K·O, I, ...] for convolutions and [K, ...] elsewhere.
+as it is.
+
+In channels, convolutions and norms are torch's own, K times as wide and with K times as many groups; their tensors are
+those of all clients one after another, [K·O, I, ...] and [K·C]. The tensors of all other layers are [K, ...].
 """
 
 from __future__ import annotations
@@ -14,15 +17,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils import skip_init
 
 Form = Literal["channels", "rows"]
 
 
 class Folded(nn.Module):
-    """A layer of K clients.
+    """A layer of K clients, without tensors as it is made.
 
     Args:
-        layer: The layer of one client; supplies everything but the tensors, which the fold registers under its names.
+        layer: The layer of one client; supplies everything but the tensors.
         clients: K.
         form: Of the activations.
     """
@@ -35,18 +39,8 @@ class Folded(nn.Module):
         super().__init__()
         self.clients, self.form = clients, form
         object.__setattr__(self, "layer", layer)  # its own tensors are not this module's
-
-    def hold(self, name: str, tensor: Tensor | None) -> None:
-        """Registers a tensor of all clients under its name in the layer."""
-        if tensor is None or isinstance(tensor, nn.Parameter):
-            self.register_parameter(name, tensor)
-        else:
-            self.register_buffer(name, tensor)
-
-    def every(self, name: str) -> Any:
-        """A tensor of all clients [K, n] as the one [K·n] of a layer that is K times as wide; None if there is none."""
-        tensor = getattr(self, name)
-        return None if tensor is None else tensor.flatten(0, 1)
+        for name in layer._parameters:
+            self.register_parameter(name, None)
 
 
 class FoldedLinear(Folded):
@@ -65,48 +59,31 @@ class FoldedLinear(Folded):
         return torch.bmm(rows, weight) if self.bias is None else torch.baddbmm(self.bias[:, None], rows, weight)
 
 
-class FoldedConvolution(Folded):
-    """``nn.Conv1d`` and ``nn.Conv2d``: K times as many groups."""
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """[B, K·C, ...] -> [B, K·O, ...]."""
-        layer, groups = self.layer, self.clients * self.layer.groups
-        flat = isinstance(layer, nn.Conv1d)
-        weight, apply = (self.every("weight"), functional.conv1d) if flat else (self.weight, functional.conv2d)
-        found: Tensor = apply(inputs, weight, self.every("bias"), layer.stride, layer.padding, layer.dilation, groups)
-        return found
-
-
-class FoldedBatchNorm(Folded):
-    """``nn.BatchNorm1d`` and ``nn.BatchNorm2d``: statistics of each channel of each client."""
-
-    num_batches_tracked: Any
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """[B, K·C, ...] -> the same shape; moves the running statistics in training."""
-        layer = self.layer
-        if self.training and layer.track_running_stats:
-            self.num_batches_tracked += 1
-        return functional.batch_norm(
-            inputs,
-            self.every("running_mean"),
-            self.every("running_var"),
-            self.every("weight"),
-            self.every("bias"),
-            self.training or not layer.track_running_stats,
-            layer.momentum,
-            layer.eps,
-        )
+def wide_convolution(layer: nn.Conv1d | nn.Conv2d, clients: int, form: Form) -> nn.Module:
+    """The convolution of K clients' channels, [B, K·C, ...] -> [B, K·O, ...]."""
+    del form
+    made: nn.Module = skip_init(  # type: ignore[no-untyped-call]
+        type(layer),
+        clients * layer.in_channels,
+        clients * layer.out_channels,
+        layer.kernel_size,
+        stride=layer.stride,
+        padding=layer.padding,
+        dilation=layer.dilation,
+        groups=clients * layer.groups,
+        bias=layer.bias is not None,
+        padding_mode=layer.padding_mode,
+    )
+    return made
 
 
-class FoldedGroupNorm(Folded):
-    """``nn.GroupNorm``: K times as many groups."""
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """[B, K·C, ...] -> the same shape."""
-        layer = self.layer
-        groups = self.clients * layer.num_groups
-        return functional.group_norm(inputs, groups, self.every("weight"), self.every("bias"), layer.eps)
+def wide_norm(layer: nn.GroupNorm | nn.BatchNorm1d | nn.BatchNorm2d, clients: int, form: Form) -> nn.Module:
+    """The norm of K clients' channels: groups or channels are each client's own anyway."""
+    del form
+    if isinstance(layer, nn.GroupNorm):
+        return nn.GroupNorm(clients * layer.num_groups, clients * layer.num_channels, layer.eps, layer.affine)
+    features, tracks = clients * layer.num_features, layer.track_running_stats
+    return type(layer)(features, layer.eps, layer.momentum, layer.affine, tracks)
 
 
 class FoldedLayerNorm(Folded):
@@ -140,10 +117,6 @@ def _plain_embedding(layer: nn.Embedding) -> str | None:
     return None if plain else "embeddings with padding, sparse gradients or a largest norm"
 
 
-def _plain_convolution(layer: nn.Conv1d | nn.Conv2d) -> str | None:
-    return None if layer.padding_mode == "zeros" else "convolutions that pad with other than zeros"
-
-
 def _plain_batch_norm(layer: nn.BatchNorm1d | nn.BatchNorm2d) -> str | None:
     return None if layer.momentum is not None else "BatchNorm with a cumulative mean"
 
@@ -152,14 +125,17 @@ def _always(_: nn.Module) -> None:
     return None
 
 
-KNOWN: dict[type[nn.Module], tuple[type[Folded], tuple[Form, ...], Callable[..., str | None]]] = {
+WIDE = (nn.Conv1d, nn.Conv2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.GroupNorm)
+"""Layers that stay what they are, K times as wide."""
+
+KNOWN: dict[type[nn.Module], tuple[Callable[..., nn.Module], tuple[Form, ...], Callable[..., str | None]]] = {
     nn.Linear: (FoldedLinear, ("channels", "rows"), _always),
-    nn.Conv1d: (FoldedConvolution, ("channels",), _plain_convolution),
-    nn.Conv2d: (FoldedConvolution, ("channels",), _plain_convolution),
-    nn.BatchNorm1d: (FoldedBatchNorm, ("channels",), _plain_batch_norm),
-    nn.BatchNorm2d: (FoldedBatchNorm, ("channels",), _plain_batch_norm),
-    nn.GroupNorm: (FoldedGroupNorm, ("channels",), _always),
+    nn.Conv1d: (wide_convolution, ("channels",), _always),
+    nn.Conv2d: (wide_convolution, ("channels",), _always),
+    nn.BatchNorm1d: (wide_norm, ("channels",), _plain_batch_norm),
+    nn.BatchNorm2d: (wide_norm, ("channels",), _plain_batch_norm),
+    nn.GroupNorm: (wide_norm, ("channels",), _always),
     nn.LayerNorm: (FoldedLayerNorm, ("rows",), _always),
     nn.Embedding: (FoldedEmbedding, ("rows",), _plain_embedding),
 }
-"""Layers that can be folded: by what, in which forms of activations, and what of them cannot (None: all)."""
+"""Layers that can be folded: how, in which forms of activations, and what of them cannot (None: all)."""

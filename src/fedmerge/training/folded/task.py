@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fedmerge.core.protocol import Batch, Batches, Slope
 from fedmerge.core.vector import Layout
-from fedmerge.training.folded.fold import Fold, fold_of
+from fedmerge.training.folded.fold import Finish, Fold, fold_of
 from fedmerge.training.objective import CLASSES, Objective
 from fedmerge.training.sgd import Descent
 from fedmerge.training.task import FunctionalTask
@@ -60,11 +60,20 @@ class FoldedTask(FunctionalTask):
         layout: Of the module.
         descent: The local optimiser.
         objective: What outputs are held against.
+        finish: What is made of each folded network, for example one with compiled kernels.
     """
 
-    def __init__(self, module: nn.Module, layout: Layout, descent: Descent, *, objective: Objective = CLASSES) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        layout: Layout,
+        descent: Descent,
+        *,
+        objective: Objective = CLASSES,
+        finish: Finish | None = None,
+    ) -> None:
         super().__init__(module, layout, descent, objective=objective)
-        self._module = module
+        self._module, self._finish = module, finish
         self._folds: dict[int, Fold] = {}
 
     def _fold(self, params: Float[Tensor, "K P"]) -> Fold:
@@ -74,7 +83,12 @@ class FoldedTask(FunctionalTask):
             while len(self._folds) > 1:
                 self._folds.pop(next(iter(self._folds)))
             self._folds[clients] = fold_of(
-                self._module, self.layout, clients, objective=self._objective, device=_elsewhere(params)
+                self._module,
+                self.layout,
+                clients,
+                objective=self._objective,
+                device=_elsewhere(params),
+                finish=self._finish,
             )
         return self._folds[clients]
 
