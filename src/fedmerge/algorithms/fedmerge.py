@@ -150,7 +150,7 @@ class FedMerge:
             soup=Soup(models, torch.zeros(rows, dtype=torch.float64)),
             velocity=torch.zeros_like(models[:, :T]),
             progress=models.new_zeros(num_clients if searching else 0, T),
-            seen=torch.zeros(num_clients, dtype=torch.int64),
+            seen=torch.zeros(num_clients, dtype=torch.int32),
             rounds=torch.tensor(0),
             searching=torch.tensor(searching),
             gate=torch.tensor(float("nan"), dtype=torch.float64),
@@ -216,7 +216,7 @@ class FedMerge:
             soup=Soup(*kept_together(moved.models, logits, state.velocity.shape[1], factor=self.max_gap or 0.0)),
             velocity=moved.velocity,
             moments=moments,
-            seen=state.seen.index_add(0, clients, torch.ones_like(clients)),
+            seen=state.seen.index_add(0, clients, torch.ones_like(clients, dtype=torch.int32)),
             rounds=state.rounds + 1,
         )
         return self._searched(after, clients, update.delta, num_examples) if bool(state.searching) else after
@@ -349,7 +349,7 @@ class FedMerge:
             self._without_search(state),
             soup=Soup(models.to(state.soup.models.dtype), logits),
             velocity=state.velocity.repeat(count, 1),
-            seen=torch.where(seen, 0, -1),
+            seen=torch.where(seen, 0, -1).int(),
             moments=self._no_moments((*rows, count)),
         )
 

@@ -60,7 +60,7 @@ class Watched:
         edges: [2] where the trainable part and the whole vector end, T and P.
         round: [] completed.
         last: [N] round of each client's last reply; 0 before its first.
-        norms: [2, N] lengths of its trainable part and of its buffers, as they came.
+        norms: [1, N] or [2, N] lengths of its trainable part and, where there are buffers, of those, as they came.
         counts: [N] number of examples that it claimed.
         clipped: [N] how often an update of this client was cut.
         capped: [N] how often its number of examples was cut.
@@ -70,7 +70,7 @@ class Watched:
     edges: Int[Tensor, " 2"]
     round: Int[Tensor, ""]
     last: Int[Tensor, " N"]
-    norms: Float[Tensor, "2 N"]
+    norms: Float[Tensor, "parts N"]
     counts: Int[Tensor, " N"]
     clipped: Int[Tensor, " N"]
     capped: Int[Tensor, " N"]
@@ -102,14 +102,15 @@ class Guarded:
 
     def init(self, draw: Draw, federation: Federation, seed: int) -> Watched:
         """The method's state, nobody heard of yet."""
-        N = federation.num_clients
+        N, whole = federation.num_clients, len(draw(0))
+        parts = 1 if whole == federation.num_trainable else 2
         last, clipped, capped = (torch.zeros(N, dtype=torch.int32) for _ in range(3))  # rounds, of which no run has 2³¹
         return Watched(
             method=self.algorithm.init(draw, federation, seed),
-            edges=torch.tensor([federation.num_trainable, len(draw(0))]),
+            edges=torch.tensor([federation.num_trainable, whole]),
             round=torch.tensor(0),
             last=last,
-            norms=torch.zeros(2, N, dtype=torch.float64),
+            norms=torch.zeros(parts, N, dtype=torch.float64),
             counts=torch.zeros(N, dtype=torch.int64),
             clipped=clipped,
             capped=capped,
@@ -152,7 +153,7 @@ class Guarded:
         """Updates cut to the limit, the trainable part and the buffers each by their own; and whose were."""
         voters, middle = state.voters(), _trainable(state, delta)
         believed, cut = delta, torch.zeros(len(clients), dtype=torch.bool)
-        for norms, part in zip(state.norms, (slice(0, middle), slice(middle, None)), strict=True):
+        for norms, part in zip(state.norms, _parts(middle), strict=False):
             typical, own = upper_median(norms[voters]), norms[clients]
             long = (own > reach * typical) & (typical > 0)
             if believed is delta and not self.in_place and bool(long.any()):
@@ -164,7 +165,7 @@ class Guarded:
     def cost(self, state: Watched) -> Cost:
         """The method's, and what is remembered of the clients."""
         cost = self.algorithm.cost(state.method)
-        return replace(cost, server_floats=cost.server_floats + 6 * len(state.last))
+        return replace(cost, server_floats=cost.server_floats + (4 + len(state.norms)) * len(state.last))
 
     def describe(self, state: Watched) -> Mapping[str, Any]:
         """The method's facts, and how often something was cut since the start."""
@@ -195,6 +196,11 @@ def _counted(times: Int[Tensor, " N"], clients: Int[Tensor, " k"]) -> Int[Tensor
     return times.index_add(0, clients, torch.ones_like(clients, dtype=times.dtype)) if len(clients) else times
 
 
+def _parts(middle: int) -> tuple[slice, slice]:
+    """The trainable part of a reply, and its buffers."""
+    return slice(0, middle), slice(middle, None)
+
+
 def _trainable(state: Watched, delta: Float[Tensor, "C S"]) -> int:
     """Where the trainable part of a reply ends; a method that sends a part of the vector is cut as a whole."""
     trainable, whole = state.edges.tolist()
@@ -207,7 +213,8 @@ def _noted(
     """The state that knows of this round's replies."""
     middle = _trainable(state, delta)
     number, norms = state.round + 1, state.norms.clone()
-    norms[:, clients] = torch.stack([squared_norms(delta[:, :middle]), squared_norms(delta[:, middle:])]).sqrt()
+    for row, part in zip(norms, _parts(middle), strict=False):
+        row[clients] = squared_norms(delta[:, part]).sqrt()
     return replace(
         state,
         round=number,
