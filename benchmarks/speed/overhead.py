@@ -49,8 +49,8 @@ def training_alone(setup: Setup) -> Callable[[], None]:
     """Trains all clients for a round on batches that lie ready."""
     start = setup.layout.read(setup.module)
     plans = [Planned(c.train, setup.training, setup.training.lr, 0, 1, i) for i, c in enumerate(setup.data.clients)]
-    engine: Any = setup.engine
-    if not isinstance(engine, Folded):
+    engine: Any = setup.engine  # the task within is no public part of it
+    if not isinstance(setup.engine, Folded):
         drawn = [plan.drawn() for plan in plans]
 
         def one_by_one() -> None:
