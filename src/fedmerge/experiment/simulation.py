@@ -50,6 +50,7 @@ from fedmerge.runtime import (
     run_round,
     score,
 )
+from fedmerge.runtime.memory import keep_freed
 from fedmerge.runtime.place import Place, device_of
 from fedmerge.training import LocalTraining, Planned, Tally, one_pass, rate_of_round
 
@@ -138,6 +139,7 @@ def prepare(
         options: Rounds, seed and the like.
         choice: The engine that the run took when it began, for one that goes on.
     """
+    keep_freed()
     dtype = options.dtype
     module = make_module(model, data, options.seed, dtype=dtype)
     layout = layout_of(module, head=options.head, frozen=options.frozen)
