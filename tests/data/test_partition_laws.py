@@ -34,7 +34,7 @@ def rows_by_split(partition):
 pools = st.builds(
     random_pool,
     seed=st.integers(0, 2**32),
-    n=st.integers(600, 1500),
+    n=st.integers(900, 1500),
     num_classes=st.integers(3, 8),
     copies=st.sampled_from([1, 1, 2, 5]),
 )

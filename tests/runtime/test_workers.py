@@ -393,7 +393,7 @@ def test_no_process_outlives_its_parent(family, how):
     assert workers
     assert all(map(is_alive, workers))
     program.send_signal(how)
-    program.wait(10)
+    program.wait(60)
     end = time.monotonic() + 5
     while any(map(is_alive, workers)) and time.monotonic() < end:
         time.sleep(0.02)

@@ -216,7 +216,7 @@ class FedMerge:
             soup=Soup(*kept_together(moved.models, logits, state.velocity.shape[1], factor=self.max_gap or 0.0)),
             velocity=moved.velocity,
             moments=moments,
-            seen=state.seen.index_add(0, clients, torch.ones_like(clients, dtype=torch.int32)),
+            seen=state.seen.index_add(0, clients, torch.ones_like(clients, dtype=state.seen.dtype)),
             rounds=state.rounds + 1,
         )
         return self._searched(after, clients, update.delta, num_examples) if bool(state.searching) else after
@@ -349,7 +349,7 @@ class FedMerge:
             self._without_search(state),
             soup=Soup(models.to(state.soup.models.dtype), logits),
             velocity=state.velocity.repeat(count, 1),
-            seen=torch.where(seen, 0, -1).int(),
+            seen=torch.where(seen, 0, -1).to(state.seen.dtype),
             moments=self._no_moments((*rows, count)),
         )
 

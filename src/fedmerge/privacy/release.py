@@ -47,6 +47,7 @@ FREE_RUN_FIELDS = (
     "setting",
     "versions",
     "select",
+    "engine",
     "rounds",
 )
 """Fields of a run's record that hold what was public before the run, or rounds."""
