@@ -146,7 +146,7 @@ def draw_batches(
         return PrivateBatches(tuple(_chosen(examples, step, expected, lr) for step in steps), protection)
     steps = _order(len(examples.targets), training, rng)
     index = torch.from_numpy(np.concatenate(steps)).to(examples.targets.device)
-    drawn = Examples(examples.inputs[index], examples.targets[index])
+    drawn = Examples(_picked(examples.inputs, index), examples.targets.index_select(0, index))
     return _cut(drawn, [len(step) for step in steps], lr)
 
 
@@ -228,6 +228,13 @@ def drawn_together(plans: Sequence[Planned]) -> Batches:
         Batch(inputs[:, a:b], targets[:, a:b], weight[:, a:b], rate[s])
         for s, (a, b) in enumerate(pairwise(starts.tolist()))
     )
+
+
+def _picked(rows: Tensor, where: Int[Tensor, " n"]) -> Tensor:
+    """rows[where], several times as fast; images stay laid out with their channels last."""
+    if rows.dim() != 4:
+        return rows.index_select(0, where)
+    return rows.permute(0, 2, 3, 1).index_select(0, where).permute(0, 3, 1, 2)
 
 
 def _gathered(rows: Sequence[Tensor], where: Int[Tensor, "K n"]) -> Tensor:
