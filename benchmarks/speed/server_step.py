@@ -275,7 +275,7 @@ LEFT, TALL, WIDE, GAP = 56.0, 140.0, 190.0, 36.0
 
 def figure(found: Grown) -> Markup:
     """Time above, memory below; a column for what grows."""
-    key, top = legend([("time (s)", 0), ("memory beside replies and state (MB)", 1)], 10)
+    key, top = legend([("time (s)", 0), ("memory (MB)", 1)], 10)
     parts = [key]
     for row, (what, unit) in enumerate((("seconds", 1.0), ("bytes", 1e6))):
         known = [rest[what] / unit for points in found.values() for _, rest in points if rest]
