@@ -6,7 +6,7 @@ from torch import nn
 
 from fedmerge.core.vector import layout_of
 from fedmerge.data.federated import Examples
-from fedmerge.training import Descent, LocalTraining, ModuleTask, Planned, drawn, step_sizes
+from fedmerge.training import Descent, LocalTraining, ModuleTask, Planned, step_sizes
 from fedmerge.training.batches import drawn_together
 
 DESCENTS = {
@@ -30,7 +30,7 @@ def test_a_training_in_place_has_the_bits_of_one_on_new_vectors(norm, name, dtyp
         inputs, targets = torch.randn(10, 1, 4, 4, dtype=dtype), torch.randint(0, 3, (10,))
     layout = layout_of(net)
     task, start = ModuleTask(net, layout, DESCENTS[name]), layout.read(net)
-    steps = drawn(Planned(Examples(inputs, targets), LocalTraining(batch_size=4, epochs=3), 0.1, 0, 1, 0))
+    steps = Planned(Examples(inputs, targets), LocalTraining(batch_size=4, epochs=3), 0.1, 0, 1, 0).drawn()
     for pull, towards in ((0.0, None), (0.3, None), (0.3, 2 * start)):
         ours = task.train(start, steps, pull=pull, towards=towards)
         theirs = task.descend(start, steps, task.gradient, pull=pull, towards=towards)
@@ -42,7 +42,7 @@ def test_training_leaves_what_it_was_given_as_it_was():
     net = network(nn.BatchNorm2d(4))
     layout = layout_of(net)
     task, start = ModuleTask(net, layout, Descent()), layout.read(net)
-    steps = drawn(Planned(Examples(torch.ones(6, 1, 4, 4), torch.arange(6) % 3), LocalTraining(), 0.1, 0, 1, 0))
+    steps = Planned(Examples(torch.ones(6, 1, 4, 4), torch.arange(6) % 3), LocalTraining(), 0.1, 0, 1, 0).drawn()
     before = start.clone()
     first, second = task.train(start, steps), task.train(start, steps)
     assert torch.equal(start, before)

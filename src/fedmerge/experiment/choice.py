@@ -16,7 +16,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal
 
@@ -48,11 +48,8 @@ log = logging.getLogger(__name__)
 
 Runtime = Literal["auto", "sequential", "vectorised", "folded"]
 Kernels = Literal["auto", "torch", "compiled"]
-_ENGINES: dict[str, type[Sequential | Vectorised]] = {
-    "sequential": Sequential,
-    "vectorised": Vectorised,
-    "folded": Folded,
-}
+RUNTIMES = ("sequential", "vectorised", "folded")
+"""What `auto` chooses from."""
 _LONG = 1e12
 """Floating-point operations of a run from which measuring pays: half a minute and more."""
 _FOLDS = (2, 4, 8, 16, 32, 64)
@@ -137,18 +134,21 @@ def choose_engine(
     Raises:
         UsageError: if an engine was asked for and does not give the sequential numbers.
     """
-    trial = Trial(module, layout, descent, data, place)
+    return _chosen(Trial(module, layout, descent, data, place), runtime, most, kernels)
+
+
+def _chosen(trial: Trial, runtime: Runtime, most: int | None, kernels: Kernels) -> tuple[Engine, Choice]:
     if kernels == "compiled":
         return trial.compiled(runtime, most)
     if runtime != "auto":
         return trial.asked(runtime, most)
     reason = "the rule for networks like this"
-    if _is_plain(module):
+    if _is_plain(trial.module):
         for name in ("folded", "vectorised"):
             found = trial.tried(Choice(name, most, reason))
             if isinstance(found, Engine):
                 return found, Choice(name, most, reason)
-            log.info("%s does not run %s, because it %s", type(module).__name__, name, found)
+            log.info("%s does not run %s, because it %s", type(trial.module).__name__, name, found)
     return trial.sequential, Choice("sequential", None, reason)
 
 
@@ -191,11 +191,10 @@ def fastest_engine(
         place: Where clients are computed.
         kernels: Whether convolutions may or must go through compiled kernels.
     """
-    if runtime != "auto" or kernels == "compiled" or has_dropout(module):
-        return choose_engine(runtime, module, layout, descent, data, most, place, kernels)
     trial = Trial(module, layout, descent, data, place)
-    if _operations(trial, data, work) < _LONG:
-        return choose_engine(runtime, module, layout, descent, data, most, place)
+    measures = runtime == "auto" and kernels != "compiled" and not has_dropout(module)
+    if not measures or _operations(trial, data, work) < _LONG:
+        return _chosen(trial, runtime, most, kernels)
     path = cache_folder() / "engines" / f"{_key(module, layout, descent, data, work, most, place, kernels)}.json"
     choice = _remembered(path)
     if choice is None:
@@ -281,13 +280,14 @@ class Trial:
             engine = self._engine(choice, self.place)
         except UsageError as error:
             return str(error)
-        if choice.runtime == "folded" and self._looks_at_numbers():
+        if choice.runtime == "folded" and self._looks_at_numbers:
             return "looks at numbers in its tensors, which would be those of several clients"
         return self._disagreement(choice) or engine
 
     def _engine(self, choice: Choice, place: Place) -> Engine:
         return choice.engine(self.module, self.layout, self.descent, self.objective, place)
 
+    @cached_property
     def _looks_at_numbers(self) -> bool:
         try:
             return looks_at_numbers(self.module, self.layout, next(iter(self._batches()))[0].inputs)
@@ -299,26 +299,31 @@ class Trial:
 
         Two clients of different vectors; of unequal size where batches may be padded, so that padding is tried too.
         """
-        start = self.layout.read(self.module)
-        rng = generator(0, "trial")
-        shift = torch.from_numpy(rng.standard_normal(self.layout.num_trainable)).to(start)
-        moved = start.clone()
-        moved[: self.layout.num_trainable] += 0.1 * shift * start[: self.layout.num_trainable].abs()
-        arguments = list(zip((start, moved), self._batches(), strict=True))
-        exact = Place(self.place.device)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error")  # torch warns where it would fall back to a slow loop
-                found = self._engine(choice, exact).map(step_and_loss, arguments)
+                found = self._stepped(choice)
         except Exception as error:  # whatever torch says about a user's module
             return f"it fails ({type(error).__name__}: {str(error).splitlines()[0][:200]})"
-        wanted = self._engine(Choice("sequential"), exact).map(step_and_loss, arguments)
         close = all(
             torch.allclose(a, b, rtol=0, atol=1e-3 * float(b.abs().max()) + 1e-6)
-            for ours, theirs in zip(found, wanted, strict=True)
+            for ours, theirs in zip(found, self._wanted, strict=True)
             for a, b in zip(ours, theirs, strict=True)
         )
         return None if close else "its numbers differ from the sequential ones: some layer looks across a batch"
+
+    @cached_property
+    def _wanted(self) -> list[tuple[Tensor, Tensor]]:
+        return self._stepped(Choice("sequential"))
+
+    def _stepped(self, choice: Choice) -> list[tuple[Tensor, Tensor]]:
+        """What such an engine makes of the two clients."""
+        start, T = self.layout.read(self.module), self.layout.num_trainable
+        shift = torch.from_numpy(generator(0, "trial").standard_normal(T)).to(start)
+        moved = start.clone()
+        moved[:T] += 0.1 * shift * start[:T].abs()
+        engine = self._engine(choice, Place(self.place.device))
+        return engine.map(step_and_loss, list(zip((start, moved), self._batches(), strict=True)))
 
     def _batches(self) -> Iterator[Batches]:
         inputs, targets = self._examples
@@ -436,7 +441,7 @@ def _remembered(path: Path) -> Choice | None:
         choice = build_options(Choice, parse_json_table(read_bounded(path, 1 << 16).decode()), "engine", [])
     except (OSError, ValueError, FedmergeError):
         return None
-    sound = choice is not None and choice.runtime in _ENGINES and 0 < (choice.most or 1) < 1 << 16
+    sound = choice is not None and choice.runtime in RUNTIMES and 0 < (choice.most or 1) < 1 << 16
     return choice if sound else None
 
 

@@ -6,12 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fedmerge.core.text import brief
+from fedmerge.experiment.choice import RUNTIMES
 
 if TYPE_CHECKING:
     from fedmerge.experiment.record import RoundRecord, RunRecord, Scores
 
 _LARGEST_WEIGHT = 1e6  # sums over any number of models stay finite
-_RUNTIMES = ("sequential", "vectorised", "folded")
 _MOST_FOLD = 1 << 20
 _COUNTED = ("seed", "num_params", "seconds")
 _PER_CLIENT = ("groups", "num_train", "num_validation", "num_test", "class_counts", "tasks")
@@ -49,7 +49,7 @@ def _of_run(run: RunRecord) -> Iterator[str]:
         yield f"client_names: got {brief(run.client_names)}; expected each name once"
     yield from _of_options(run)
     yield from _of_samples(run.samples or ())
-    if run.engine is not None and (run.engine.runtime not in _RUNTIMES or not 0 < (run.engine.most or 1) <= _MOST_FOLD):
+    if run.engine is not None and (run.engine.runtime not in RUNTIMES or not 0 < (run.engine.most or 1) <= _MOST_FOLD):
         yield f"engine: got {brief(run.engine)}; expected a runtime and how many clients run at once"
 
 

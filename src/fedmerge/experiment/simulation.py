@@ -17,6 +17,7 @@ from fedmerge.core.defences import guarded
 from fedmerge.core.ensemble import Personal
 from fedmerge.core.errors import FedmergeError, UsageError
 from fedmerge.core.keeping import keeping, travelling
+from fedmerge.core.memory import keep_freed
 from fedmerge.core.protocol import Algorithm, Batches, Federation
 from fedmerge.core.randomness import fresh_module_randomness
 from fedmerge.core.replies import Refusal, reasons_text
@@ -50,7 +51,6 @@ from fedmerge.runtime import (
     run_round,
     score,
 )
-from fedmerge.runtime.memory import keep_freed
 from fedmerge.runtime.place import Place, device_of
 from fedmerge.training import LocalTraining, Planned, Tally, one_pass, rate_of_round
 

@@ -247,11 +247,6 @@ def _gathered(rows: Sequence[Tensor], where: Int[Tensor, "K n"]) -> Tensor:
     return found.permute(0, 1, 4, 2, 3) if images else found
 
 
-def drawn(steps: Batches | Planned) -> Batches:
-    """Steps that may have to be drawn first."""
-    return steps.drawn() if isinstance(steps, Planned) else steps
-
-
 def step_sizes(steps: Batches | Planned) -> list[int]:
     """Examples of each step, whether drawn or not."""
     return steps.sizes() if isinstance(steps, Planned) else [len(batch.targets) for batch in steps]

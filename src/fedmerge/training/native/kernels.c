@@ -10,9 +10,6 @@
  *
  * No function keeps state but scratch memory of its own thread.
  */
-#if defined(__GLIBC__) || defined(__linux__)
-#include <malloc.h>
-#endif
 #include <math.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -76,15 +73,6 @@ static float *scratch(Arena *arena, size_t floats) {
         arena->size = arena->block ? bytes : 0;
     }
     return arena->block ? (float *)(arena->block + (64 - (uintptr_t)arena->block % 64) % 64) : NULL;
-}
-
-/* Freed blocks stay with the process: the C library else returns large ones to the system and fetches them again, which
- * costs a tenth of a training step. */
-void fm_keep_memory(void) {
-#if defined(__GLIBC__)
-    mallopt(M_MMAP_THRESHOLD, 32 << 20);
-    mallopt(M_TRIM_THRESHOLD, 256 << 20);
-#endif
 }
 
 /* --- transposition ------------------------------------------------------------------------------------------------ */

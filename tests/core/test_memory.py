@@ -8,7 +8,7 @@ import pytest
 SCRIPT = """
 import resource, sys
 import torch
-from fedmerge.runtime.memory import keep_freed
+from fedmerge.core.memory import keep_freed
 if sys.argv[1] == "kept":
     keep_freed()
 def faults():
