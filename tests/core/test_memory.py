@@ -1,10 +1,13 @@
 """Blocks that a round gives back are there for the next one."""
 
+import resource
 import subprocess
 import sys
 
 import pytest
 
+WRITTEN = 5 * 20 * 4_000_000 / resource.getpagesize()
+"""Pages that the later rounds write. How many of them are fresh without the call depends on glibc's own guesses."""
 SCRIPT = """
 import resource, sys
 import torch
@@ -34,4 +37,4 @@ def test_later_rounds_touch_no_fresh_pages(monkeypatch):
     kept, usual = page_faults("kept"), page_faults("usual")
     if usual < 10_000:
         pytest.skip("this C library keeps what it is given back")
-    assert kept < usual / 10
+    assert kept < min(usual, WRITTEN / 10)
