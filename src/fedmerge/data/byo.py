@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,17 +19,17 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from fedmerge.core.errors import DataError, UsageError, unknown_name
-from fedmerge.core.randomness import generator
 from fedmerge.core.text import shortened
 from fedmerge.data.encoding import Encoder
 from fedmerge.data.federated import ClientData, Examples, FederatedData, check_federation
 from fedmerge.data.folder_options import FolderOptions
 from fedmerge.data.form import input_form, token_form
+from fedmerge.data.own_splits import Rows, cut_splits
 from fedmerge.data.own_texts import Learned, learned_from, tasks_by_label
 from fedmerge.data.partition import SPLITS, Split
 from fedmerge.data.pool import Ints
 from fedmerge.data.readers import READERS, Tables, frame_table
-from fedmerge.data.sides import item_sides, side_shares
+from fedmerge.data.sides import side_shares
 from fedmerge.data.table import Table, align_columns, make_table, text_table
 from fedmerge.data.transform import Scale, scale_of, standard_scale
 
@@ -37,8 +37,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 log = logging.getLogger(__name__)
-
-Rows = dict[Split, tuple[NDArray[Any], Ints]]
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,7 @@ def from_arrays(
     ([1, 1], ('0', '1'))
     """
     named = clients if isinstance(clients, Mapping) else _numbered(clients)
-    tables = {name: _client_tables(name, client) for name, client in named.items()}
+    tables = {name: client_tables(name, client) for name, client in named.items()}
     return _assemble(tables, _Plan(validation, test, seed, class_names, standardise), "your arrays")
 
 
@@ -222,7 +220,7 @@ def from_texts(
         UsageError: if the shares leave nothing to train on.
         DataError: naming the client and row that are wrong.
     """
-    tables = {name: _client_tables(name, client, _texts_of_pair) for name, client in clients.items()}
+    tables = {name: client_tables(name, client, texts_of_pair) for name, client in clients.items()}
     plan = _Plan(validation, test, seed, class_names, False, tasks == "by-label", encoder)
     return _assemble(tables, plan, "your texts")
 
@@ -232,7 +230,17 @@ def _numbered(clients: Sequence[Any]) -> dict[str, Any]:
     return {f"client-{number:0{digits}d}": client for number, client in enumerate(clients)}
 
 
-def _client_tables(name: str, client: Any, made: Callable[[Any, str, Split], Table] | None = None) -> Tables:
+def client_tables(name: str, client: Any, made: Callable[[Any, str, Split], Table] | None = None) -> Tables:
+    """One client as tables by split.
+
+    Args:
+        name: The client's, for messages.
+        client: ``(x, y)``, three of these, or a table with the keys train, validation, test.
+        made: Makes a table of one pair, `texts_of_pair` for texts; numbers are expected by default.
+
+    Raises:
+        DataError: naming the client and row that are wrong.
+    """
     made = made or _table_of_pair
     if isinstance(client, Mapping):
         for key in client:
@@ -252,7 +260,8 @@ def _table_of_pair(pair: Any, name: str, split: Split) -> Table:
     return make_table(f"client {name!r}, {split}", *_checked_pair(pair, name, split))
 
 
-def _texts_of_pair(pair: Any, name: str, split: Split) -> Table:
+def texts_of_pair(pair: Any, name: str, split: Split) -> Table:
+    """A table from a pair (texts, labels)."""
     texts, labels = _checked_pair(pair, name, split)
     return text_table(f"client {name!r}, {split}", texts, labels)
 
@@ -321,7 +330,7 @@ def _assemble(clients: Mapping[str, Tables], plan: _Plan, source: str) -> Federa
     rows: dict[str, Rows] = {name: {} for name in sorted(named)}
     for (name, split), inputs, targets in zip(keys, learned.inputs, learned.targets, strict=True):
         rows[name][split] = (inputs, targets)
-    cut = {name: _cut(name, own, shares, plan.seed) for name, own in rows.items()}
+    cut = {name: cut_splits(name, own, shares, plan.seed) for name, own in rows.items()}
     data = _federation(cut, learned, plan, source, tables[0].columns)
     check_federation(data)
     return data
@@ -340,44 +349,6 @@ def _federation(
         kind=learned.kind,
     )
     return tasks_by_label(data) if plan.by_label else data
-
-
-def _cut(name: str, own: Rows, shares: tuple[float, float, float], seed: int) -> Rows:
-    """A client's rows on all three sides; those that it did not bring are cut from its train rows."""
-    wanted = [0.0 if split in own else share for split, share in zip(SPLITS, shares, strict=True)]
-    wanted[0] = 1 - sum(wanted)
-    inputs, targets = own["train"]
-    items = _identity(inputs)
-    sides = item_sides(items, np.zeros_like(items), wanted, generator(seed, f"own split of {name}"))
-    cut: Rows = {split: (inputs[sides == side], targets[sides == side]) for side, split in enumerate(SPLITS)}
-    short = [split for split, share in zip(SPLITS, wanted, strict=True) if share and not len(cut[split][0])]
-    if short:
-        raise DataError(
-            f"client {name!r} has {len(items)} rows, {len(np.unique(items))} of them different: too few to give one to "
-            f"{' and '.join(short)}. Give it more, leave it out, or set that share to 0"
-        )
-    cut.update({split: rows for split, rows in own.items() if split != "train"})
-    _warn_of_copies(name, cut)
-    return cut
-
-
-def _identity(inputs: NDArray[Any]) -> Ints:
-    """[n] the same number for identical rows."""
-    seen: dict[bytes, int] = {}
-    return np.array([seen.setdefault(row, len(seen)) for row in _row_bytes(inputs)], dtype=np.int64)
-
-
-def _row_bytes(inputs: NDArray[Any]) -> Iterator[bytes]:
-    return (row.tobytes() for row in inputs + 0)  # -0 and 0 are one value: -0 + 0 is 0
-
-
-def _warn_of_copies(name: str, rows: Rows) -> None:
-    """Logs how many validation and test rows a client also trains on; only splits that it brought can have them."""
-    trained = set(_row_bytes(rows["train"][0]))
-    for split in SPLITS[1:]:
-        copies = sum(row in trained for row in _row_bytes(rows[split][0]))
-        if copies:
-            log.warning("client %r: %d of its %s rows are among its train rows", name, copies, split)
 
 
 def _scale(trained: NDArray[Any], standardise: bool, source: str) -> Scale:

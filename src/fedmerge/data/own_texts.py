@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmerge.core.errors import DataError
+from fedmerge.core.errors import DataError, unknown_name
 from fedmerge.data.encoding import Encoder, Kind, encoded, tag_names
 from fedmerge.data.federated import FederatedData
 from fedmerge.data.pool import Ints
@@ -41,7 +41,7 @@ def learned_from(tables: Sequence[Table], encoder: Encoder | None, class_names: 
     Args:
         tables: All of numbers or all of texts.
         encoder: Of the language model that is to read texts.
-        class_names: Given by the user.
+        class_names: Given by the user: the accepted classes or tags, in the order of their numbers.
 
     Raises:
         DataError: naming the file and line, or client and row, of the first that cannot be used.
@@ -61,9 +61,21 @@ def learned_from(tables: Sequence[Table], encoder: Encoder | None, class_names: 
         return Learned([each.inputs for each in made], targets, names, "classes", are_tokens=True)
     answers = [table.labels.astype(np.str_) for table in tables]
     tags = tag_names(np.concatenate(answers), encoder, tables[0].origin)
+    if encoder.kind == "tags" and class_names:
+        _refuse_other_tags(tables, class_names)
+        tags = tuple(class_names)
     made = [encoded(t.inputs, own, encoder, tags, t.at) for t, own in zip(tables, answers, strict=True)]
     targets = [each.targets for each in made if each.targets is not None]
     return Learned([each.inputs for each in made], targets, tags or ("text",), encoder.kind, are_tokens=True)
+
+
+def _refuse_other_tags(tables: Sequence[Table], known: Sequence[str]) -> None:
+    """Raises for the first row with a tag that is not among those named."""
+    for table in tables:
+        for row, answer in enumerate(table.labels):
+            other = next((tag for tag in str(answer).split() if tag not in known), None)
+            if other is not None:
+                raise DataError(f"{table.at(row)}: {unknown_name('tag', other, known)}")
 
 
 def tasks_by_label(data: FederatedData) -> FederatedData:

@@ -9,8 +9,6 @@ from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from fedmerge.core.errors import DataError
 from fedmerge.data.pool import Ints, Pool
@@ -148,6 +146,9 @@ def joined(first: Ints, second: Ints) -> Ints:
     >>> joined(np.array([0, 0, 1, 2]), np.array([0, 1, 1, 2])).tolist()
     [0, 0, 0, 1]
     """
+    from scipy.sparse import coo_array  # noqa: PLC0415 - takes 0.2 s to import
+    from scipy.sparse.csgraph import connected_components  # noqa: PLC0415
+
     num_first, num_second = int(first.max(initial=-1)) + 1, int(second.max(initial=-1)) + 1
     num_nodes = num_first + num_second
     links = coo_array((np.ones(len(first), dtype=np.int8), (first, num_first + second)), shape=(num_nodes, num_nodes))
