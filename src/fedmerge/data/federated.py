@@ -173,3 +173,20 @@ def _check_sequences(inputs: Tensor, targets: Tensor, num_classes: int | None, w
     nothing = (targets == NO_TARGET).all(dim=1)
     if nothing.any():
         raise DataError(f"{where}: example {int(nothing.nonzero()[0])} has no token that counts; drop it")
+
+
+def without_examples(
+    names: Sequence[str], class_names: tuple[str, ...], form: InputForm | None, kind: Kind = "classes"
+) -> FederatedData:
+    """Clients whose examples are elsewhere: what can be known of a federation without them.
+
+    Args:
+        names: [N] of the clients.
+        class_names: [K].
+        form: Of the inputs; None where it is not known.
+        kind: What is learned.
+    """
+    shape = (1,) if form is None else form.shape
+    nothing = Examples(torch.empty(0, *shape), torch.empty(0, dtype=torch.int64))
+    clients = tuple(ClientData(name, nothing, nothing, nothing) for name in names)
+    return FederatedData(clients, class_names, form=form, kind=kind)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from fedmerge.experiment.checkpoint import Found, Manifest, digest
 from fedmerge.experiment.config import plain_options
 from fedmerge.experiment.lock import NAME as LOCK
 from fedmerge.experiment.lock import run_lock
-from fedmerge.experiment.record import RoundRecord, append_rounds
+from fedmerge.experiment.record import RoundRecord, append_rounds, to_plain
 from fedmerge.experiment.simulation import Progress, Setup
 
 log = logging.getLogger(__name__)
@@ -94,6 +94,7 @@ class _Entry:
     last: Progress
     selected: tuple[int, Progress]
     seconds: float
+    pending: RoundRecord | None = None
 
     def after(self, earlier: _Entry | None) -> _Entry:
         """Both as one."""
@@ -101,7 +102,7 @@ class _Entry:
 
     def may_grow(self) -> bool:
         """Whether later rounds may go to the disk with it. Round 0 goes alone: no round follows it unchecked."""
-        return self.lines[0].round > 0 and len(self.lines) < _MOST_BEHIND
+        return bool(self.lines) and self.lines[0].round > 0 and len(self.lines) < _MOST_BEHIND
 
 
 class Book:
@@ -147,6 +148,34 @@ class Book:
             self._raise()
             self._waiting = self._noted = _Entry((line,), last, selected, seconds).after(self._waiting)
             self._change.notify_all()
+
+    def keep(
+        self,
+        lines: Sequence[RoundRecord],
+        pending: RoundRecord,
+        last: Progress,
+        selected: tuple[int, Progress],
+        seconds: float,
+    ) -> None:
+        """Hands in a round whose scores are still to come, and returns when it is on the disk with a checkpoint.
+
+        Args:
+            lines: Earlier rounds that are complete now.
+            pending: The record of the round so far.
+            last: The state after it.
+            selected: As in `note`.
+            seconds: Wall time of the run so far.
+
+        Raises:
+            OSError: if it could not be written.
+        """
+        entry = _Entry(tuple(lines), last, selected, seconds, pending)
+        with self._change:
+            self._change.wait_for(lambda: self._waiting is None)
+            self._raise()
+            self._waiting = self._noted = entry
+            self._change.notify_all()
+        self.written(wait=True)
 
     def written(self, *, wait: bool = False) -> tuple[RoundRecord, ...]:
         """Rounds that have reached the disk since the last call; all that were handed in, if `wait`.
@@ -228,7 +257,7 @@ class _Pages:
         """Takes the folder back to where the checkpoint was made: later lines are of rounds that are made again."""
         manifest, path = found.manifest, self.folder / "rounds.jsonl"
         truncate(path, manifest.lines)
-        self._records.update(path.read_bytes())
+        self._records.update(path.read_bytes() if path.exists() else b"")
         self._lines, self._slot, self._saved = manifest.lines, found.slot, manifest.round
         if manifest.selected < manifest.round:  # else it was not read, and is written again
             self._best = (manifest.selected, manifest.best)
@@ -236,10 +265,10 @@ class _Pages:
 
     def write(self, entry: _Entry) -> None:
         """Writes rounds down, and a checkpoint if one of them asks for it."""
-        text = append_rounds(self.folder, entry.lines)
+        text = append_rounds(self.folder, entry.lines) if entry.lines else b""
         self._records.update(text)
         self._lines += len(text)
-        if self._every and any(line.round % self._every == 0 for line in entry.lines):
+        if self._every and (entry.pending or any(line.round % self._every == 0 for line in entry.lines)):
             self.save(entry)
 
     def save(self, entry: _Entry) -> None:
@@ -262,6 +291,7 @@ class _Pages:
             selected=number,
             best=self._best[1],
             seconds=entry.seconds,
+            pending="" if entry.pending is None else json.dumps(to_plain(entry.pending)),
         )
         self._slot = 1 - self._slot
         checkpoint.write_slot(self.folder, self._slot, manifest, tensors)
@@ -276,10 +306,12 @@ class Standing:
     Attributes:
         found: Its checkpoint; None if nothing of it was announced.
         lines: Its rounds so far.
+        pending: The round after them, whose scores are still to come; None if there is none.
     """
 
     found: Found | None
     lines: tuple[RoundRecord, ...]
+    pending: RoundRecord | None = None
 
 
 def standing(folder: Path, setup: Setup, start: Progress, data: str) -> Standing:
@@ -301,7 +333,8 @@ def standing(folder: Path, setup: Setup, start: Progress, data: str) -> Standing
     if found is not None:
         if faults:
             log.warning("going on from the other one, after round %d", found.manifest.round)
-        return Standing(found, checkpoint.rounds_seen(folder, found, len(setup.data.clients)))
+        N = len(setup.data.clients)
+        return Standing(found, checkpoint.rounds_seen(folder, found, N), checkpoint.pending_round(folder, found, N))
     if faults:
         raise FedmergeError("no checkpoint of this run can be used, make it again:\n" + "\n".join(faults))
     path = folder / "rounds.jsonl"

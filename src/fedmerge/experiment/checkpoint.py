@@ -38,7 +38,7 @@ MAGIC = b"fedmerge checkpoint 1\n"
 SLOTS = ("checkpoint-a", "checkpoint-b")
 _BEST = "checkpoint-best-"
 _LENGTH, _DIGEST = 8, 32
-MOST_MANIFEST = 1 << 16
+MOST_MANIFEST = 1 << 24
 """Bytes."""
 
 
@@ -56,6 +56,8 @@ class Manifest:
         selected: The round that validation has selected so far; −1 for none.
         best: Digest of the tensors at that round.
         seconds: Wall time of the run so far.
+        pending: The record of that round as JSON, where its clients' scores are still to come and it is not among the
+            lines yet; empty otherwise.
     """
 
     round: int
@@ -67,6 +69,7 @@ class Manifest:
     selected: int
     best: str
     seconds: float
+    pending: str = ""
 
     def fault(self) -> str | None:
         """Why it cannot be one; None if it can."""
@@ -89,17 +92,28 @@ def _is_digest(text: str) -> bool:
 
 def progress_tensors(progress: Progress) -> dict[str, Tensor]:
     """All that changes in a run: ``server.*``, what clients keep as ``client.<i>.<k>``, and ``buffers.<i>``."""
-    tensors = {f"server.{name}": tensor for name, tensor in state_tensors(progress.state).items()}
-    for i, (private, buffers) in enumerate(zip(progress.fleet.private, progress.fleet.buffers, strict=True)):
+    server = {f"server.{name}": tensor for name, tensor in state_tensors(progress.state).items()}
+    return {**server, **fleet_tensors(progress.fleet)}
+
+
+def fleet_tensors(fleet: Fleet) -> dict[str, Tensor]:
+    """What clients keep, as ``client.<i>.<k>`` and ``buffers.<i>``; `restored_fleet` is the inverse."""
+    tensors: dict[str, Tensor] = {}
+    for i, (private, buffers) in enumerate(zip(fleet.private, fleet.buffers, strict=True)):
         tensors.update({f"client.{i}.{k}": leaf for k, leaf in enumerate(tree_leaves(private))})
-        if progress.fleet.policy == "local" and len(buffers):
+        if fleet.policy == "local" and len(buffers):
             tensors[f"buffers.{i}"] = buffers
     return tensors
 
 
 def own_tensors(progress: Progress) -> dict[str, Tensor]:
-    """The same, each in memory of its own, as files need them."""
-    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in progress_tensors(progress).items()}
+    """The same as `progress_tensors`, each in memory of its own, as files need them."""
+    return in_own_memory(progress_tensors(progress))
+
+
+def in_own_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of tensors that share no memory with each other."""
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
 
 
 def tensor_bytes(progress: Progress) -> bytes:
@@ -309,13 +323,28 @@ def _read(slot: int, path: Path, start: Progress, *, request: str, data: str) ->
     return Found(slot, manifest, last, restored(start, read_tensors(content, name=str(best)), manifest.selected))
 
 
+def pending_round(folder: Path, found: Found, num_clients: int) -> RoundRecord | None:
+    """The round that a checkpoint saw and whose scores were still to come; None if there is none.
+
+    Args:
+        folder: Of the run.
+        found: From `latest`.
+        num_clients: Of the run, N.
+    """
+    text = found.manifest.pending
+    return next(rounds_from([text.encode() + b"\n"], num_clients, folder), None) if text else None
+
+
 def _check_records(path: Path, manifest: Manifest) -> None:
     """The lines of the rounds so far must be those that the checkpoint saw."""
-    if path.stat().st_size < manifest.lines or digest(_beginning(path, manifest.lines)) != manifest.records:
+    size = path.stat().st_size if path.exists() else 0
+    if size < manifest.lines or digest(_beginning(path, manifest.lines)) != manifest.records:
         raise FedmergeError(f"{path.name} does not begin with the rounds that it saw")
 
 
 def _beginning(path: Path, length: int) -> bytes:
+    if not length:
+        return b""
     with path.open("rb") as file:
         return file.read(length)
 

@@ -115,7 +115,7 @@ def execute(
         foretell: As for `execute_config`.
     """
     setup, progress = prepare(algorithm, data, model, training, options)
-    record = _new_record(setup, data, model, label)
+    record = new_record(setup, data, model, label)
     with nullcontext() if folder is None else new_run_folder(folder):
         book = None
         if folder is not None:
@@ -199,11 +199,11 @@ def play(
         with suppress(OSError):  # a full disk, which `error` tells already
             if book is not None:
                 book.stop()
-            _close(record, status, journey, time.perf_counter() - began, folder)
+            close_run(record, status, journey, time.perf_counter() - began, folder)
         raise
     finally:
         dismiss(setup.engine)
-    record = _close(record, "finished", journey, time.perf_counter() - began, folder)
+    record = close_run(record, "finished", journey, time.perf_counter() - began, folder)
     if book is not None:
         book.close()
     return Outcome(record, setup, journey.last, journey.selected, folder, model)
@@ -215,7 +215,16 @@ def _announce(lines: Iterable[RoundRecord], watch: Watcher | None) -> None:
             watch(line)
 
 
-def _close(record: RunRecord, status: Status, journey: Journey, seconds: float, folder: Path | None) -> RunRecord:
+def close_run(record: RunRecord, status: Status, journey: Journey, seconds: float, folder: Path | None) -> RunRecord:
+    """The record of a run that has ended, written down with its last and its selected state.
+
+    Args:
+        record: What is known of it.
+        status: How it ended.
+        journey: Where it was and where it was best.
+        seconds: Wall time.
+        folder: Of the run, if it has one.
+    """
     record = replace(record, status=status, seconds=seconds, rounds=tuple(journey.lines))
     if folder is not None:
         write_models(folder / "models.safetensors", journey.selected)
@@ -231,7 +240,15 @@ def _with_finetuning(record: RunRecord, setup: Setup, progress: Progress) -> Run
     return replace(record, finetuned_validation=validation, finetuned=test)
 
 
-def _new_record(setup: Setup, data: FederatedData, model: Any, label: str) -> RunRecord:
+def new_record(setup: Setup, data: FederatedData, model: Any, label: str) -> RunRecord:
+    """The record of a run before its first round.
+
+    Args:
+        setup: Of the run.
+        data: Its clients.
+        model: Recipe, module or function that the run was given.
+        label: How tables call the run.
+    """
     return RunRecord(
         label=label,
         method=ALGORITHMS.name_of(setup.algorithm),

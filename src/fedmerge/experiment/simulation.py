@@ -45,6 +45,7 @@ from fedmerge.runtime import (
     Engine,
     Fleet,
     Meeting,
+    Sequential,
     finetuned,
     first_fleet,
     personal_models,
@@ -151,8 +152,7 @@ def prepare(
     engine = spread(engine, choice, module, layout, training.descent(), data, options)
     facts = federation_facts(data, layout)
     draw = drawer(model, data, options.seed, layout, dtype)
-    spaced = in_space(algorithm, travelling(layout, options.keep), options.merging)
-    played = keeping(guarded(spaced, options.defences), layout, options.keep)
+    played = played_method(algorithm, layout, options)
     privacy = privacy_of(algorithm, played, travelling(layout, options.keep), options, len(data.clients))
     state = played.init(draw, facts, options.seed)
     N = len(data.clients)
@@ -174,6 +174,52 @@ def prepare(
         privacy=privacy,
     )
     return setup, Progress(state, fleet, 0)
+
+
+def played_method(algorithm: Algorithm[Any], layout: Layout, options: RunOptions) -> Algorithm[Any]:
+    """The method as it is played: on what clients do not keep, in the space that adapters are averaged in, guarded.
+
+    Args:
+        algorithm: The method.
+        layout: Of the network.
+        options: Of the run.
+    """
+    spaced = in_space(algorithm, travelling(layout, options.keep), options.merging)
+    return keeping(guarded(spaced, options.defences), layout, options.keep)
+
+
+def setup_without_examples(
+    algorithm: Algorithm[Any],
+    model: Any,
+    training: LocalTraining,
+    options: RunOptions,
+    data: FederatedData,
+    choice: Choice | None = None,
+) -> Setup:
+    """The setup of a run whose clients' examples are elsewhere: all that a server needs.
+
+    Args:
+        algorithm: The method.
+        model: A recipe, a module, or a function that makes one.
+        training: What a client does in a round.
+        options: Rounds, seed and the like.
+        data: From `fedmerge.data.federated.without_examples`.
+        choice: What runs the clients where they are.
+    """
+    module = make_module(model, data, options.seed, dtype=options.dtype)
+    layout = layout_of(module, head=options.head, frozen=options.frozen)
+    return Setup(
+        algorithm=algorithm,
+        played=played_method(algorithm, layout, options),
+        data=data,
+        module=module,
+        layout=layout,
+        engine=Sequential(module, layout, training.descent(), objective=objective_of(data)),
+        choice=choice or Choice("sequential"),
+        training=training,
+        options=options,
+        facts=federation_facts(data, layout),
+    )
 
 
 def _engine_of(
@@ -242,7 +288,7 @@ def advance(setup: Setup, progress: Progress) -> tuple[Progress, RoundRecord]:
         bytes_up=result.bytes_up,
         forward=round(passed * (1 + cost.extra_forward)),
         backward=round(passed * (1 + cost.extra_backward)),
-        state=_described(setup.played, result.state),
+        state=described(setup.played, result.state),
         dropped=tuple(sorted(turned_out.dropped)),
         refused=_refused(turned_out, result.refusals),
         abandoned=result.abandoned,
@@ -306,7 +352,8 @@ def _tell(setup: Setup, record: RoundRecord, refusals: Sequence[Refusal]) -> Non
         )
 
 
-def _described(algorithm: Algorithm[Any], state: Any) -> dict[str, Any]:
+def described(algorithm: Algorithm[Any], state: Any) -> dict[str, Any]:
+    """What the record of a round says of the server's state."""
     return {**algorithm.describe(state), "server_floats": algorithm.cost(state).server_floats}
 
 
@@ -327,7 +374,7 @@ def first_record(setup: Setup, progress: Progress) -> RoundRecord:
         bytes_up=0,
         forward=0,
         backward=0,
-        state=_described(setup.played, progress.state),
+        state=described(setup.played, progress.state),
     )
 
 
@@ -397,5 +444,10 @@ def rounds(setup: Setup, progress: Progress, *, begun: bool = False) -> Iterator
         yield progress, evaluate(setup, progress, first_record(setup, progress))
     while progress.round < setup.options.rounds:
         progress, record = advance(setup, progress)
-        due = progress.round % setup.options.evaluate_every == 0 or progress.round == setup.options.rounds
+        due = is_evaluated(setup.options, progress.round)
         yield progress, evaluate(setup, progress, record) if due else record
+
+
+def is_evaluated(options: RunOptions, round_number: int) -> bool:
+    """Whether the clients' models are scored after a round; round 0 is before the first."""
+    return round_number % options.evaluate_every == 0 or round_number == options.rounds

@@ -17,18 +17,16 @@ from fedmerge.core.keeping import keeping, travelling
 from fedmerge.core.protocol import Algorithm, Batch, Batches, state_tensors, take, with_tensors
 from fedmerge.core.spaces import in_space
 from fedmerge.core.tensor_files import read_tensors
-from fedmerge.core.vector import layout_of
-from fedmerge.data import ClientData, Examples, FederatedData
+from fedmerge.data import FederatedData
+from fedmerge.data.federated import without_examples
 from fedmerge.experiment.checkpoint import restored_fleet
-from fedmerge.experiment.choice import Choice, objective_of
+from fedmerge.experiment.choice import objective_of
 from fedmerge.experiment.config import RunOptions, config_of
 from fedmerge.experiment.execute import Outcome
 from fedmerge.experiment.federation import (
     channels_last,
-    federation_facts,
     in_precision,
     load_data,
-    make_module,
 )
 from fedmerge.experiment.record import RunRecord, read_run
 from fedmerge.experiment.serving import (
@@ -40,8 +38,8 @@ from fedmerge.experiment.serving import (
     refuse_larger,
     refuse_other_draw,
 )
-from fedmerge.experiment.simulation import Progress, Setup, models_now, one_thread
-from fedmerge.runtime import Sequential, first_fleet
+from fedmerge.experiment.simulation import Progress, Setup, models_now, one_thread, setup_without_examples
+from fedmerge.runtime import first_fleet
 
 
 @dataclass(frozen=True)
@@ -169,33 +167,18 @@ def trained_of_folder(folder: Path, model: Any = None) -> Trained:
 def _setup(record: RunRecord, serving: Serving, recipe: Any) -> Setup:
     """As the run had it, but for the clients' examples."""
     options, data = serving.options, _nameless(record, serving)
-    module = make_module(recipe, data, record.seed, dtype=options.dtype)
-    layout = layout_of(module, head=options.head, frozen=options.frozen)
-    algorithm = method_of(record)
-    return Setup(
-        algorithm=algorithm,
-        played=_played(algorithm, layout, options),
-        data=data,
-        module=module,
-        layout=layout,
-        engine=Sequential(module, layout, serving.training.descent()),
-        choice=record.engine or Choice("sequential"),
-        training=serving.training,
-        options=options,
-        facts=federation_facts(data, layout),
-    )
+    setup = setup_without_examples(method_of(record), recipe, serving.training, options, data, record.engine)
+    return replace(setup, played=_played(setup.algorithm, setup.layout, options))
 
 
 def _nameless(record: RunRecord, serving: Serving) -> FederatedData:
     """The run's clients without their examples."""
-    shape = (1,) if serving.form is None else serving.form.shape
-    nothing = Examples(torch.empty(0, *shape), torch.empty(0, dtype=torch.int64))
-    clients = tuple(ClientData(name, nothing, nothing, nothing) for name in record.client_names)
-    return FederatedData(clients, record.class_names, groups=record.groups, form=serving.form)
+    data = without_examples(record.client_names, record.class_names, serving.form)
+    return replace(data, groups=record.groups)
 
 
 def _played(algorithm: Algorithm[Any], layout: Any, options: RunOptions) -> Algorithm[Any]:
-    """The method as `experiment.simulation.prepare` plays it, but for its defences: no replies come any more."""
+    """The method as `experiment.simulation.played_method` has it, but for its defences: no replies come any more."""
     return keeping(in_space(algorithm, travelling(layout, options.keep), options.merging), layout, options.keep)
 
 

@@ -17,7 +17,8 @@ from fedmerge.core.ranges import Ranges, gathered, woven
 from fedmerge.core.soup import merge, mixing
 from fedmerge.core.tensor_files import read_tensors
 from fedmerge.core.vector import Layout, layout_of, twin
-from fedmerge.data import ClientData, Examples, FederatedData, FolderOptions
+from fedmerge.data import FederatedData, FolderOptions
+from fedmerge.data.federated import without_examples
 from fedmerge.data.form import InputForm
 from fedmerge.experiment.config import Config, config_of
 from fedmerge.experiment.execute import Outcome
@@ -295,6 +296,4 @@ def _serving_of(folder: Path, config: Config | None) -> Serving:
 
 def _shapes(form: InputForm | None, record: RunRecord) -> FederatedData:
     """A federation of one client without examples, for what a recipe needs to know."""
-    shape = (1,) if form is None else form.shape
-    nothing = Examples(torch.empty(0, *shape), torch.empty(0, dtype=torch.int64))
-    return FederatedData((ClientData("nobody", nothing, nothing, nothing),), record.class_names, form=form)
+    return without_examples(["nobody"], record.class_names, form)

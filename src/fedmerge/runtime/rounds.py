@@ -182,7 +182,7 @@ def run_round(
         ],
     )
     if not trained:
-        return _without_replies(algorithm, RoundResult(state, fleet, bytes_down, 0), meeting.quorum)
+        return unanswered(algorithm, RoundResult(state, fleet, bytes_down, 0), meeting.quorum)
     template = template_of(trained[0][0])  # made here, by the method's own code, and not by whoever may have changed it
     replies = [
         Reply(meeting.run, meeting.number, i, count, named_tensors(update))
@@ -215,7 +215,7 @@ def _closed(
 ) -> RoundResult:
     """The round with what was admitted taken in; abandoned, with nothing changed, below the quorum."""
     if not admitted:
-        return _without_replies(algorithm, result, quorum)
+        return unanswered(algorithm, result, quorum)
     if len(admitted) < quorum:
         return replace(result, abandoned=True)
     clients = torch.tensor(result.admitted)
@@ -227,7 +227,7 @@ def _closed(
     return replace(result, state=after, fleet=replace(result.fleet, private=tuple(private), buffers=tuple(buffers)))
 
 
-def _without_replies(algorithm: Algorithm[Any], result: RoundResult, quorum: int) -> RoundResult:
+def unanswered(algorithm: Algorithm[Any], result: RoundResult, quorum: int) -> RoundResult:
     """A round that nobody answered: abandoned, unless the method says what becomes of it (``silence(state)``).
 
     A private method does, because that nobody took part must not show. A quorum of 1 is none.
@@ -325,11 +325,25 @@ def personal_models(
         train: One pass over each client's training examples.
         engine: Runs the clients.
     """
-    everyone = torch.arange(len(train))
-    down = algorithm.send(state, everyone)
+    down = algorithm.send(state, torch.arange(len(train)))
+    return models_received(algorithm, [take(down, i) for i in range(len(train))], fleet, train, engine)
+
+
+def models_received(
+    algorithm: Algorithm[Any], received: Sequence[Any], fleet: Fleet, train: Sequence[Batches], engine: Engine
+) -> list[Personal]:
+    """`personal_models` of clients that have received what the server sent.
+
+    Args:
+        algorithm: The method.
+        received: Of each client, from ``send``.
+        fleet: The clients'.
+        train: One pass over each client's training examples.
+        engine: Runs the clients.
+    """
     models: list[Personal] = engine.map(
         ClientModel(algorithm, fleet.rules),
-        [(take(down, i), fleet.private[i], train[i], fleet.buffers[i]) for i in range(len(train))],
+        list(zip(received, fleet.private, train, fleet.buffers, strict=True)),
     )
     if fleet.policy == "recalibrate" and len(fleet.buffers[0]):
         return _recalibrated(models, train, fleet.num_trainable, engine)

@@ -1,0 +1,225 @@
+"""What a site does when the server asks: pure work on its own examples and its own state. Knows no network."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedmerge.core.ensemble import Personal
+from fedmerge.core.errors import FedmergeError, UsageError
+from fedmerge.core.memory import keep_freed
+from fedmerge.core.protocol import Algorithm
+from fedmerge.core.randomness import fresh_module_randomness
+from fedmerge.core.replies import named_tensors
+from fedmerge.core.vector import Layout, layout_of
+from fedmerge.data import ClientData, FederatedData
+from fedmerge.deploy.federation import FILE, Terms, terms_of
+from fedmerge.deploy.messages import Answer, Letter, Order, Score, order_from, text_of
+from fedmerge.deploy.private_state import PrivateState, site_held
+from fedmerge.deploy.site import SiteConfig
+from fedmerge.deploy.site_data import site_client
+from fedmerge.deploy.site_model import write_site_model
+from fedmerge.deploy.trees import tree_from
+from fedmerge.experiment.choice import objective_of
+from fedmerge.experiment.config import read_toml
+from fedmerge.experiment.federation import channels_last, encoder_of, in_precision, make_module
+from fedmerge.experiment.simulation import one_thread, played_method, remember
+from fedmerge.experiment.store import versions
+from fedmerge.runtime import Engine, Fleet, Sequential, first_fleet
+from fedmerge.runtime.place import Place, device_of
+from fedmerge.runtime.rounds import ClientRound, models_received
+from fedmerge.training import LocalTraining, Planned, one_pass
+from fedmerge.training.scores import tally
+
+WAIT = 120.0
+"""Seconds that a site waits for an earlier process of its own to end."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """A site that is ready to work.
+
+    Attributes:
+        config: Its own.
+        terms: What was agreed on.
+        data: Its examples, as a federation of one client, in the run's precision.
+        module: The network, with the weights of draw 0.
+        layout: Of the module.
+        played: The method as it is played.
+        engine: Runs the client.
+    """
+
+    config: SiteConfig
+    terms: Terms
+    data: FederatedData
+    module: nn.Module
+    layout: Layout
+    played: Algorithm[Any]
+    engine: Engine
+
+    @property
+    def client(self) -> ClientData:
+        """The site's examples."""
+        return self.data.clients[0]
+
+    @property
+    def training(self) -> LocalTraining:
+        """What it does in a round."""
+        return self.terms.training
+
+    def fresh(self) -> Fleet:
+        """What it keeps before its first round."""
+        options = self.terms.options
+        start = self.layout.read(self.module)
+        return first_fleet(self.played, start, 1, self.layout.num_trainable, options.buffers)
+
+
+def answer_to(letter: Letter, config: SiteConfig) -> Letter:
+    """The site's answer to a message.
+
+    Args:
+        letter: As it came.
+        config: The site's own.
+
+    Raises:
+        FedmergeError: if the message is damaged, is meant for another site, asks for other terms than those agreed on,
+            or the site's data or state do not allow an answer.
+    """
+    began = time.perf_counter()
+    order = order_from(letter.text)
+    if order.kind != "hello" and order.site != config.name:
+        raise FedmergeError(f"the server's message is for site {order.site!r}; this is {config.name!r}")
+    terms = agreed_terms(order.terms, config)
+    with one_thread(), site_held(config.state_folder, WAIT):
+        if order.kind == "hello":
+            answer, tensors = _counts(order, _client(config, terms), config), {}
+        else:
+            answer, tensors = _work(order, ready_site(config, terms), letter.tensors)
+    answer = replace(answer, seconds=time.perf_counter() - began, versions=versions())
+    return Letter(text_of(answer), tensors)
+
+
+def agreed_terms(plain: Mapping[str, Any], config: SiteConfig) -> Terms:
+    """The terms that a server asks for, if the site may work under them.
+
+    Args:
+        plain: As they came.
+        config: The site's own; where its folder holds a ``federation.toml``, no others are accepted.
+
+    Raises:
+        UsageError: if they are damaged, name a network of the server's own, or are not those agreed on.
+    """
+    terms = terms_of(plain)
+    own = config.folder / FILE
+    if own.is_file():
+        table = read_toml(own)
+        agreed = terms_of({key: value for key, value in table.items() if key not in ("deploy", "sites")})
+        if agreed.digest != terms.digest:
+            raise UsageError(
+                f"the server asks for other terms than {own} holds ({_first_difference(agreed.plain(), terms.plain())});"
+                " agree with whoever runs the server and replace the file, or remove it to accept any terms"
+            )
+        return terms
+    if plain.get("model", {}).get("name") == "import":
+        raise UsageError(
+            "the server asks for a network from a file of its user's own (model 'import'), which a site loads only if "
+            f"its own {FILE} names it; put the agreed file there"
+        )
+    return terms
+
+
+def _first_difference(own: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
+    key = next(key for key in sorted({*own, *asked}) if own.get(key) != asked.get(key))
+    if isinstance(own.get(key), dict) and isinstance(asked.get(key), dict):
+        return f"{key}.{_first_difference(own[key], asked[key])}"
+    return f"{key}: agreed {own.get(key)!r}, asked {asked.get(key)!r}"
+
+
+def _client(config: SiteConfig, terms: Terms) -> ClientData:
+    return site_client(config, terms.schema, seed=terms.options.seed, encoder=encoder_of(terms.model))
+
+
+def ready_site(config: SiteConfig, terms: Terms) -> Site:
+    """Data, network, method and engine of a site.
+
+    Raises:
+        FedmergeError: if the data or the network cannot be used.
+    """
+    keep_freed()
+    options = terms.options
+    shapes = terms.schema.without_examples([config.name])
+    module = make_module(terms.model, shapes, options.seed, dtype=options.dtype)
+    layout = layout_of(module, head=options.head, frozen=options.frozen)
+    data = replace(shapes, clients=(_client(config, terms),))
+    data = channels_last(in_precision(data, options.dtype))
+    client = data.clients[0]
+    remember(module, torch.cat([part.inputs for part in (client.train, client.validation, client.test)]))
+    place = Place(device_of(config.device), options.precision)
+    engine = Sequential(module, layout, terms.training.descent(), objective=objective_of(data), place=place)
+    return Site(config, terms, data, module, layout, played_method(terms.method, layout, options), engine)
+
+
+def _counts(order: Order, client: ClientData, config: SiteConfig) -> Answer:
+    return Answer(
+        run=order.run,
+        round=order.round,
+        client=order.client,
+        site=config.name,
+        num_train=client.num_train,
+        num_validation=len(client.validation.targets),
+        num_test=len(client.test.targets),
+    )
+
+
+def _work(order: Order, site: Site, tensors: Mapping[str, Tensor]) -> tuple[Answer, Mapping[str, Tensor]]:
+    """A round's or the last message's work."""
+    state = PrivateState(site.config.state_folder, order.run, site.fresh())
+    fleet, note = state.at(order.base, anew=site.config.anew)
+    state.forget_all_but({order.base, *order.keep})
+    method = type(site.terms.method).__module__
+    received = tree_from(list(order.form), [tensors[str(k)] for k in range(len(tensors))], modules=(method,))
+    answer = replace(_counts(order, site.client, site.config), note=note)
+    if order.evaluate or order.kind == "final":
+        model = _model(site, received, fleet)
+        validation, test = (_score(site, model, split) for split in ("validation", "test"))
+        answer = replace(answer, validation=validation, test=test)
+        if order.kind == "final":
+            write_site_model(site, model, order, answer)
+    if not order.train:
+        return answer, {}
+    update, fleet, passed = _trained(site, order, received, fleet)
+    state.save(order.round, fleet)
+    return replace(answer, passed=passed), named_tensors(update)
+
+
+def _model(site: Site, received: Any, fleet: Fleet) -> Personal:
+    """The model that the site would use now."""
+    training = site.training
+    passes = [one_pass(site.client.train, training.batch_size, training.lr)]
+    return models_received(site.played, [received], fleet, passes, site.engine)[0]
+
+
+def _score(site: Site, model: Personal, split: str) -> Score:
+    batches = one_pass(getattr(site.client, split))
+    if not batches:
+        return Score()
+    found = site.engine.map(tally, [(model, batches)])[0]
+    if not found.loss.isfinite():
+        return Score()
+    return Score(float(found.right / found.count), float(found.loss / found.count))
+
+
+def _trained(site: Site, order: Order, received: Any, fleet: Fleet) -> tuple[Any, Fleet, int]:
+    """The update, what the site keeps from now on if it is admitted, and the number of examples passed."""
+    seed = site.terms.options.seed
+    plan = Planned(site.client.train, site.training, order.rate, seed, order.round, order.client)
+    with fresh_module_randomness(seed, "dropout at a site", order.round, order.client):
+        update, private, buffers = site.engine.map(
+            ClientRound(site.played, fleet.rules), [(received, fleet.private[0], plan, fleet.buffers[0])]
+        )[0]
+    return update, replace(fleet, private=(private,), buffers=(buffers,)), sum(plan.sizes())

@@ -1,0 +1,64 @@
+"""What a deployed run has beside an ordinary one: its identity for the sites, and who has got a model.
+
+Written as ``deployment.json`` into the run folder.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from fedmerge.core.errors import FedmergeError, together
+from fedmerge.core.files import write_atomically
+from fedmerge.core.options import build_options
+from fedmerge.core.strict_json import parse_json_table, read_bounded
+
+FILE = "deployment.json"
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """A deployed run.
+
+    Attributes:
+        run: Its identity: sites keep their private state under it.
+        terms: Digest of what server and sites agreed on.
+        delivered: Sites that have got their model of the selected round.
+        stopped: Why the run stopped, if running it again as it is would not help; empty otherwise.
+    """
+
+    run: str
+    terms: str
+    delivered: tuple[str, ...] = ()
+    stopped: str = ""
+
+
+def new_deployment(terms: str) -> Deployment:
+    """A run that has just been made; its identity is random, so that no site takes it for an earlier one."""
+    return Deployment(secrets.token_hex(16), terms)
+
+
+def write_deployment(folder: Path, deployment: Deployment) -> None:
+    """Writes it down; on the disk when this returns."""
+    write_atomically(folder / FILE, json.dumps(asdict(deployment), indent=1) + "\n", private=True)
+
+
+def read_deployment(folder: Path) -> Deployment | None:
+    """What `write_deployment` wrote; None if the folder has none.
+
+    Raises:
+        FedmergeError: if the file is damaged.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        return None
+    faults: list[str] = []
+    try:
+        found = build_options(Deployment, parse_json_table(read_bounded(path)), FILE, faults)
+    except ValueError as error:
+        raise FedmergeError(f"{path} is damaged: {error}; the run cannot go on, make it again") from error
+    if found is None:
+        raise FedmergeError(f"{path} is damaged: {together(faults)}; the run cannot go on, make it again")
+    return found

@@ -1,0 +1,250 @@
+"""A federation as data: what is trained, on which form of data, by whom, and how long the server waits for them.
+
+``federation.toml`` is an ordinary configuration without source and partition, plus the tables ``data`` (the form that
+every site's examples have), ``deploy`` (address and patience) and ``sites`` (who may take part, by public key).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from fedmerge.algorithms import ALGORITHMS
+from fedmerge.core.errors import UsageError, together
+from fedmerge.core.options import build_options, check_options, option
+from fedmerge.core.text import brief
+from fedmerge.deploy.schema import DataSchema
+from fedmerge.experiment.attacks import Attack
+from fedmerge.experiment.config import RunOptions, build_config, plain_options, read_toml
+from fedmerge.experiment.participation import Participation
+from fedmerge.models import NETWORKS
+from fedmerge.training import LocalTraining
+
+FILE = "federation.toml"
+OWN_TABLES = ("data", "deploy", "sites")
+MOST_SITE_NAME = 100
+"""Letters of a site's name."""
+
+
+@dataclass(frozen=True)
+class DeployOptions:
+    """Where the server is and how long it waits."""
+
+    name: str = option("federation", help="what the federation is called")
+    address: str = option("127.0.0.1:9092", help="host:port that sites connect to")
+    listen: str = option(
+        "", help="host:port where the SuperLink itself listens; the address, if that is on this machine, by default"
+    )
+    insecure: bool = option(False, help="without certificates and keys; on the loopback address only")
+    deadline: float = option(
+        3600.0, above=0, help="seconds after which a round goes on without the sites that have not answered"
+    )
+    patience: float = option(
+        86400.0, above=0, help="seconds to wait for as many sites as a round needs, before the run stops"
+    )
+    poll: float = option(0.5, above=0, at_most=60, help="seconds between two looks for replies")
+    start_with: int = option(0, at_least=0, help="sites that must have reported before the first round; 0: all")
+    attempts: int = option(3, at_least=1, help="times that a site is asked in a round while its client program fails")
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What server and sites agree on: all that decides a site's numbers beside its own examples.
+
+    Attributes:
+        method: The algorithm.
+        model: The network's recipe.
+        training: What a site does in a round.
+        options: Rounds, seed and the like.
+        schema: Form of every site's data.
+    """
+
+    method: Any
+    model: Any
+    training: LocalTraining
+    options: RunOptions
+    schema: DataSchema
+
+    def plain(self) -> dict[str, Any]:
+        """As what JSON knows; the inverse of `terms_of`."""
+        return {
+            **plain_options(self.options),
+            "method": {"name": ALGORITHMS.name_of(self.method), **plain_options(self.method)},
+            "model": {"name": NETWORKS.name_of(self.model), **plain_options(self.model)},
+            "training": plain_options(self.training),
+            "data": plain_options(self.schema),
+        }
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the terms: equal for a server and a site that agree."""
+        return hashlib.sha256(json.dumps(self.plain(), sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class FederationConfig:
+    """A federation's folder, read.
+
+    Attributes:
+        folder: On the server.
+        deploy: Addresses and patience.
+        sites: Public key by name, in the order of their names: a site's place is its index as a client.
+        terms: What is trained.
+    """
+
+    folder: Path
+    deploy: DeployOptions
+    sites: Mapping[str, str]
+    terms: Terms
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """[N] of the sites, in client order."""
+        return tuple(self.sites)
+
+    @property
+    def run_folder(self) -> Path:
+        """Where the run is written."""
+        return self.folder / "run"
+
+
+def read_federation(folder: Path | str) -> FederationConfig:
+    """Reads ``federation.toml`` of a folder.
+
+    Raises:
+        UsageError: with one line per fault, all of them together.
+    """
+    folder = Path(folder)
+    path = folder / FILE
+    if not path.is_file():
+        raise UsageError(f"{folder} is no federation: it has no {FILE}; make one with `fedmerge deploy init`")
+    table = read_toml(path)
+    faults: list[str] = []
+    deploy = build_options(DeployOptions, _table(table, "deploy", faults), "deploy", faults)
+    sites = _sites_of(_table(table, "sites", faults), faults)
+    terms = _terms_of({key: value for key, value in table.items() if key not in ("deploy", "sites")}, faults)
+    if deploy is None or terms is None or faults:
+        raise UsageError(f"{path}:\n{together(faults)}")
+    if not deploy.insecure:
+        faults += [
+            f"sites.{name}: no public key; make one with `fedmerge deploy key`"
+            for name, key in sites.items()
+            if not key
+        ]
+    if deploy.start_with > len(sites):
+        faults.append(f"deploy.start_with: got {deploy.start_with}; there are {len(sites)} sites")
+    if faults:
+        raise UsageError(f"{path}:\n{together(faults)}")
+    return FederationConfig(folder, deploy, sites, terms)
+
+
+def terms_of(table: Mapping[str, Any]) -> Terms:
+    """The terms that plain values describe: an ordinary configuration without source and partition, and ``data``.
+
+    Raises:
+        UsageError: with one line per fault, all of them together.
+    """
+    faults: list[str] = []
+    terms = _terms_of(table, faults)
+    if terms is None:
+        raise UsageError(together(faults))
+    return terms
+
+
+def _terms_of(table: Mapping[str, Any], faults: list[str]) -> Terms | None:
+    before = len(faults)
+    faults += [
+        f"{key}: got one for a federation, whose sites have their data; leave it out"
+        for key in ("source", "partition")
+        if key in table
+    ]
+    schema = build_options(DataSchema, _table(table, "data", faults), "data", faults)
+    rest = {key: value for key, value in table.items() if key not in ("data", "source", "partition")}
+    try:
+        config = build_config(rest)
+    except UsageError as error:
+        faults += str(error).splitlines()
+        return None
+    faults += _simulated(config.run)
+    if schema is None or len(faults) > before:
+        return None
+    return Terms(config.method, config.model, config.training, config.run, schema)
+
+
+_SIMULATED: dict[str, str] = {
+    "workers": "sites compute for themselves",
+    "cluster": "sites compute for themselves",
+    "fold": "a site is one client",
+    "finetune_epochs": "sites are not fine-tuned; their own copies can be",
+    "checkpoint_every": "every round is kept, because sites go on from it",
+}
+_REAL = ("sampling", "quorum")
+
+
+def _simulated(options: RunOptions) -> list[str]:
+    """One line for every option that only a simulation has."""
+    plain = RunOptions()
+    faults = [
+        f"{name}: got {brief(getattr(options, name))}; it has no effect here ({why}); leave it out"
+        for name, why in _SIMULATED.items()
+        if getattr(options, name) != getattr(plain, name)
+    ]
+    if options.runtime not in ("auto", "sequential"):
+        faults.append(f"runtime: got {options.runtime!r}; a site is one client, expected 'sequential'; leave it out")
+    if options.kernels == "compiled":
+        faults.append("kernels: got 'compiled'; sites compute with torch's own; leave it out")
+    if options.device != "cpu":
+        faults.append(f"device: got {options.device!r}; each site says so in its own site.toml; leave it out")
+    if options.attack != Attack():
+        faults.append("attack: got one; it belongs to simulations (fedmerge run); leave it out")
+    own, none = plain_options(options.participation), plain_options(Participation())
+    faults += [
+        f"participation.{name}: got {brief(value)}; sites are there or not by themselves; leave it out"
+        for name, value in own.items()
+        if name not in _REAL and value != none.get(name)
+    ]
+    return faults
+
+
+def _table(table: Mapping[str, Any], key: str, faults: list[str]) -> dict[str, Any]:
+    value = table.get(key, {})
+    if isinstance(value, Mapping):
+        return dict(value)
+    faults.append(f"{key}: got {brief(value)}; expected a table")
+    return {}
+
+
+def _sites_of(table: Mapping[str, Any], faults: list[str]) -> dict[str, str]:
+    if not table:
+        faults.append("sites: none; expected a name and its public key for each, at least one")
+    for name, key in table.items():
+        if not is_site_name(name):
+            faults.append(f"sites: got the name {brief(name)}; expected {SITE_NAME}")
+        if not isinstance(key, str):
+            faults.append(f"sites.{name}: got {brief(key)}; expected a public key as a text")
+    return {name: str(table[name]) for name in sorted(table)}
+
+
+SITE_NAME = f"1 to {MOST_SITE_NAME} printable characters without slashes, colons, quotes or spaces, no dot first"
+
+
+def is_site_name(name: str) -> bool:
+    """Whether a text can name a site: it also names a folder and stands in Flower's own configuration.
+
+    >>> is_site_name("clinic-a"), is_site_name("../x"), is_site_name("a b")
+    (True, False, False)
+    """
+    return (
+        0 < len(name) <= MOST_SITE_NAME
+        and name.isprintable()
+        and not set(name) & set("/\\:'\"= ")
+        and not name.startswith(".")
+    )

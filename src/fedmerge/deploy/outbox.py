@@ -1,0 +1,85 @@
+"""What the server sends to each site, made when it is needed, and what it expects back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedmerge.core.protocol import take
+from fedmerge.core.replies import Template, template_of
+from fedmerge.data import Examples
+from fedmerge.data.encoding import Kind
+from fedmerge.data.form import TOKENS
+from fedmerge.deploy.schema import DataSchema
+from fedmerge.experiment.simulation import Setup
+from fedmerge.runtime import first_fleet
+from fedmerge.runtime.rounds import ClientRound
+from fedmerge.training import Planned
+
+MOST_BYTES = 1 << 30
+"""Of messages that are made at once."""
+_EXAMPLES = 4
+"""Of the made-up site that shows what an update looks like; normalisation over a batch needs several."""
+
+
+class Outbox:
+    """The messages of a round to some clients, a block of them in memory at a time.
+
+    Blocks have two clients at least, if there are two: products of matrices round single rows differently, and what a
+    site gets must not depend on how many messages fit into memory.
+
+    Args:
+        setup: Of the run.
+        state: The server's.
+        clients: Of all that are to get one, ascending.
+        most_bytes: Of a block.
+    """
+
+    def __init__(self, setup: Setup, state: Any, clients: Sequence[int], *, most_bytes: int = MOST_BYTES) -> None:
+        self._setup, self._state, self._clients = setup, state, list(clients)
+        self._place = {client: place for place, client in enumerate(self._clients)}
+        each = max(1, setup.played.cost(state).bytes_down)
+        self._size = max(2, most_bytes // each)
+        self._start, self._made = -1, None
+
+    def of(self, client: int) -> Any:
+        """What one client gets: a tree of tensors."""
+        place = self._place[client]
+        start = place - place % self._size
+        if start + 1 == len(self._clients) and start:  # no block of one
+            start -= 1
+        if start != self._start:
+            block = torch.tensor(self._clients[start : start + self._size], dtype=torch.int64)
+            self._start, self._made = start, self._setup.played.send(self._state, block)
+        return take(self._made, place - start)
+
+
+def update_template(setup: Setup, state: Any, schema: DataSchema) -> Template:
+    """What an update of this method and network looks like: a made-up client trains on made-up examples.
+
+    Args:
+        setup: Of the run.
+        state: The server's, before any round.
+        schema: Form of the data.
+    """
+    layout, options = setup.layout, setup.options
+    fleet = first_fleet(setup.played, layout.read(setup.module), 1, layout.num_trainable, options.buffers)
+    plan = Planned(_made_up(schema, options.dtype), setup.training, setup.training.lr, options.seed, 1, 0)
+    received = Outbox(setup, state, [0]).of(0)
+    job = (received, fleet.private[0], plan, fleet.buffers[0])
+    update, _, _ = setup.engine.map(ClientRound(setup.played, fleet.rules), [job])[0]
+    return template_of(update)
+
+
+def _made_up(schema: DataSchema, dtype: torch.dtype) -> Examples:
+    shape = (_EXAMPLES, *schema.input_shape)
+    kind: Kind = schema.kind
+    if schema.form.dtype == TOKENS:
+        inputs: Tensor = torch.zeros(shape, dtype=torch.int64)
+    else:
+        inputs = torch.linspace(-1, 1, torch.Size(shape).numel()).reshape(shape).to(dtype)
+    targets = torch.arange(_EXAMPLES) % schema.num_classes
+    return Examples(inputs, targets if kind == "classes" else torch.zeros(shape, dtype=torch.int64))

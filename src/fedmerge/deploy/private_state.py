@@ -1,0 +1,111 @@
+"""What a site keeps from round to round, in its own folder: durable, and exact whatever dies in between.
+
+A state is named by the round that it was made in. The server says which one a round goes on from (that of the site's
+latest admitted reply), so a reply that was lost, refused or late changes nothing here either: what was made for it is
+not gone on from. What the server can no longer ask for is removed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors.torch import save
+
+from fedmerge.core.errors import FedmergeError, UsageError
+from fedmerge.core.files import make_folder, write_atomically
+from fedmerge.core.tensor_files import read_tensors
+from fedmerge.experiment.checkpoint import fleet_tensors, in_own_memory, restored_fleet
+from fedmerge.experiment.lock import run_lock
+from fedmerge.runtime import Fleet
+
+_NAME, _ENDING = "private-", ".safetensors"
+_WAIT = 0.25
+"""Seconds between two tries to hold a folder."""
+
+
+class PrivateState:
+    """The private states of one site in one run.
+
+    Args:
+        folder: Of the site's states; made if it is not there.
+        run: Identity of the run.
+        fresh: What the site has before its first round: says what there must be.
+    """
+
+    def __init__(self, folder: Path, run: str, fresh: Fleet) -> None:
+        self.folder = folder / hashlib.sha256(run.encode()).hexdigest()[:16]
+        self._fresh = fresh
+        self.is_empty = not fleet_tensors(fresh)
+        """Whether the method keeps nothing on its clients."""
+
+    def at(self, base: int, *, anew: bool = False) -> tuple[Fleet, str]:
+        """The state that was made in round `base`, and a note for the server, empty if there is nothing to say.
+
+        Args:
+            base: 0 for the state before the first round.
+            anew: Whether to begin anew where the state is gone.
+
+        Raises:
+            FedmergeError: if it is gone or damaged, and the site may not begin anew.
+        """
+        if base == 0 or self.is_empty:
+            return self._fresh, ""
+        path = self._path(base)
+        try:
+            return restored_fleet(self._fresh, read_tensors(path)), ""
+        except FedmergeError as error:
+            if anew:
+                return self._fresh, f"its private state of round {base} is gone ({error}); it began anew"
+            raise FedmergeError(
+                f"{error}. The site's private state of round {base} is needed to go on: bring the folder back, or set "
+                "`anew = true` in site.toml to begin anew with what a new site has"
+            ) from error
+
+    def save(self, round_number: int, fleet: Fleet) -> None:
+        """Writes down what the site has after a round; on the disk when this returns."""
+        if self.is_empty:
+            return
+        make_folder(self.folder)
+        write_atomically(self._path(round_number), save(in_own_memory(fleet_tensors(fleet))), private=True)
+
+    def forget_all_but(self, rounds: Collection[int]) -> None:
+        """Removes every state but those that were made in these rounds."""
+        kept = {self._path(number).name for number in rounds}
+        for path in self.folder.glob(f"{_NAME}*{_ENDING}"):
+            if path.name not in kept:
+                path.unlink(missing_ok=True)
+
+    def _path(self, round_number: int) -> Path:
+        return self.folder / f"{_NAME}{round_number}{_ENDING}"
+
+
+@contextmanager
+def site_held(folder: Path, seconds: float) -> Iterator[None]:
+    """Holds a site's folder of states for this process; waits while another process of the site ends.
+
+    Args:
+        folder: Made if it is not there.
+        seconds: How long to wait.
+
+    Raises:
+        UsageError: if another process holds it for longer.
+    """
+    make_folder(folder)
+    give_up = time.monotonic() + seconds
+    while True:
+        lock = run_lock(folder)
+        try:
+            lock.__enter__()
+            break
+        except UsageError:
+            if time.monotonic() > give_up:
+                raise
+            time.sleep(_WAIT)
+    try:
+        yield
+    finally:
+        lock.__exit__(None, None, None)
