@@ -40,7 +40,7 @@ class Imported:
         Raises:
             UsageError: if it cannot be imported or called, or does not give a module.
         """
-        factory = self._factory()
+        factory = own_callable(self.path, "model", "a torch.nn.Module")
         try:
             wanted = accepted(factory, {"input_shape": input_shape, "num_classes": num_classes})
             module = factory(**{**wanted, **(self.options or {})})
@@ -52,20 +52,29 @@ class Imported:
             raise UsageError(f"model {self.path!r} gave a {type(module).__name__}; expected a torch.nn.Module")
         return module
 
-    def _factory(self) -> Callable[..., Any]:
-        location, name = self.path.split(":")
-        module = _module_from_file(Path(location)) if location.endswith(".py") else _module_by_name(location)
-        if not hasattr(module, name):
-            raise UsageError(
-                unknown_name(f"name in {location}", name, [n for n in vars(module) if not n.startswith("_")])
-            )
-        factory: object = getattr(module, name)
-        if not callable(factory):
-            raise UsageError(
-                f"model {self.path!r} is a {type(factory).__name__}, which cannot be called; "
-                "expected a class or a function that gives a torch.nn.Module"
-            )
-        return factory
+
+def own_callable(path: str, what: str, gives: str) -> Callable[..., Any]:
+    """A class or function that a user names, ``package.module:Name`` or ``path/to/file.py:Name``; its module is run.
+
+    Args:
+        path: Comes from the user alone, never from what somebody sent.
+        what: It is, for messages.
+        gives: What it should give, for messages.
+
+    Raises:
+        UsageError: if it cannot be imported or called.
+    """
+    location, _, name = path.rpartition(":")
+    module = _module_from_file(Path(location)) if location.endswith(".py") else _module_by_name(location)
+    if not hasattr(module, name):
+        raise UsageError(unknown_name(f"name in {location}", name, [n for n in vars(module) if not n.startswith("_")]))
+    found: object = getattr(module, name)
+    if not callable(found):
+        raise UsageError(
+            f"{what} {path!r} is a {type(found).__name__}, which cannot be called; expected a class or a function that "
+            f"gives {gives}"
+        )
+    return found
 
 
 def _module_by_name(name: str) -> ModuleType:
