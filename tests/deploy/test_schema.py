@@ -1,6 +1,6 @@
 """The form of data that all sites of a federation share."""
 
-import tomllib
+import sys
 
 import numpy as np
 import pandas as pd
@@ -18,6 +18,11 @@ from fedmerge.data.form import TOKENS
 from fedmerge.data.transform import standard_scale
 from fedmerge.deploy.schema import DataSchema, schema_of_example, schema_of_form
 from fedmerge.experiment.config import plain_options
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 CLASSES = ("cat", "dog")
 
@@ -172,7 +177,9 @@ def test_the_schema_of_a_table_has_its_columns_and_classes(tmp_path):
 
 def test_classes_that_the_example_lacks_are_given(tmp_path):
     (tmp_path / "a.csv").write_text("x,label\n1,dog\n3,dog\n")
-    with pytest.raises(DataError, match="every row has the class 'dog'; expected two classes at least. Give class_nam"):
+    with pytest.raises(
+        DataError, match=r"every row has the class 'dog'; expected two classes at least. Give class_nam"
+    ):
         schema_of_example(tmp_path / "a.csv")
     assert schema_of_example(tmp_path / "a.csv", class_names=CLASSES).class_names == CLASSES
     with pytest.raises(DataError, match=r"a.csv, line 2: unknown class 'dog'"):
