@@ -178,8 +178,11 @@ def encode_labels(tables: Sequence[Table], class_names: Sequence[str] | None) ->
     Texts that are all numbers count as numbers, unless they are class names.
 
     Raises:
-        DataError: naming the first label that is not a class.
+        DataError: if there are no rows at all, or naming the first label that is not a class.
     """
+    if not any(len(table.labels) for table in tables):
+        raise DataError(f"{tables[0].origin} has no rows; expected one at least")
+    tables = [table if len(table.labels) else _without_labels(table) for table in tables]
     kinds = {_kind(table): table for table in tables if len(table.labels)}
     labels = [table.labels for table in tables]
     if len(kinds) > 1 and (numbers := _as_numbers(labels)) is not None:  # CSV files hold texts, .npz files numbers
@@ -194,6 +197,11 @@ def encode_labels(tables: Sequence[Table], class_names: Sequence[str] | None) ->
             return _encode_texts(tables, class_names)
         labels = numbers
     return _encode_numbers(tables, labels, class_names)
+
+
+def _without_labels(table: Table) -> Table:
+    """A table without rows, whose labels are of no kind: numpy calls nothing a float, a file may call it a text."""
+    return replace(table, labels=np.zeros(0, dtype=np.int64))
 
 
 def _kind(table: Table) -> str:

@@ -77,6 +77,8 @@ def _cut_rows(site: SiteConfig, schema: DataSchema, seed: int, encoder: Encoder 
     """Checked rows of all splits, before they are scaled."""
     shares = side_shares(schema.validation, schema.test, "the federation's data")
     given = site_tables(site, schema)
+    if not len(given["train"].labels):
+        raise DataError(f"{given['train'].origin} has no rows; expected one to train on at least")
     tables = [_fitted(table, schema) for table in given.values()]
     if encoder is not None and schema.dtype == TOKENS and encoder.kind != schema.kind:
         raise UsageError(f"the model reads texts for {encoder.kind}; the federation's data are {schema.kind}")
@@ -86,8 +88,6 @@ def _cut_rows(site: SiteConfig, schema: DataSchema, seed: int, encoder: Encoder 
         split: (_owned(inputs), targets)
         for split, inputs, targets in zip(given, learned.inputs, learned.targets, strict=True)
     }
-    if not len(own["train"][0]):
-        raise DataError(f"{tables[0].origin} has no rows; expected one to train on at least")
     if own["train"][0].shape[1:] != schema.shape:
         raise DataError(
             f"{tables[0].origin}: the encoder makes texts of {own['train'][0].shape[1]} tokens; the federation has "
