@@ -1,0 +1,355 @@
+"""A federation's folder: written as a whole from a blueprint, and sites added to it and taken out of it later."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from fedmerge._version import __version__
+from fedmerge.core.errors import UsageError, together, unknown_name
+from fedmerge.core.files import make_folder, write_atomically
+from fedmerge.core.options import build_options, check_options, option
+from fedmerge.core.text import brief
+from fedmerge.deploy import identity, units
+from fedmerge.deploy.address import host_and_port, is_host, is_loopback, join, local_address
+from fedmerge.deploy.federation import OWN_TABLES, DeployOptions
+from fedmerge.deploy.roster import (
+    FEDERATION_HEAD,
+    Roster,
+    Table,
+    change_sites,
+    name_faults,
+    read_roster,
+    write_federation,
+)
+
+CONNECTION = "federation"
+"""How Flower's own configuration calls the connection to the SuperLink."""
+FLOWER_HOME = "flower"
+APP = "app"
+SITE_FILE = "site.toml"
+_LEAST_AUTHORITY_DAYS = 3650
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """All that a federation's folder is made from.
+
+    Attributes:
+        config: The ordinary configuration without source and partition.
+        data: The form of every site's examples, table ``data``.
+        deploy: Further options of table ``deploy`` (deadline, patience and the like).
+        site_data: Table ``data`` of ``site.toml`` by name, for sites whose data is known already.
+    """
+
+    name: str = option(help="what the federation is called")
+    address: str = option(help="host:port that sites connect to")
+    sites: tuple[str, ...] = option((), help="names of the sites; more can be added later")
+    listen: str = option("", help="host:port of the SuperLink itself; behind the proxy on the next port by default")
+    hosts: tuple[str, ...] = option((), help="further DNS names and IP addresses of the server, for its certificate")
+    insecure: bool = option(False, help="without certificates and keys; on the loopback address only")
+    days: int = option(730, at_least=1, at_most=36500, help="how long the server's certificate is valid")
+    config: Table = field(default_factory=dict)
+    data: Table = field(default_factory=dict)
+    deploy: Table = field(default_factory=dict)
+    site_data: Mapping[str, Table] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        faults = [*_address_faults(self), *name_faults(self.name, self.sites), *_table_faults(self)]
+        if faults:
+            raise UsageError(together(f"Blueprint.{fault}" for fault in faults))
+
+    @property
+    def link(self) -> str:
+        """``host:port`` of the SuperLink: the address itself where only this machine can reach it."""
+        host, port = host_and_port(self.address)
+        return self.listen or (self.address if is_loopback(host) else join("127.0.0.1", port + 1))
+
+
+def write_blueprint(folder: Path | str, blueprint: Blueprint) -> Roster:
+    """Writes a federation's folder: configuration, certificates, keys, a folder for each site, and what starts it all.
+
+    Raises:
+        UsageError: if the folder has something in it or its path cannot be used; nothing is written then.
+        OSError: if it cannot be written.
+    """
+    place = units.check_path(Path(folder))
+    for name in blueprint.sites:
+        units.check_path(place / "sites" / name)
+    if place.exists() and (not place.is_dir() or any(place.iterdir())):
+        raise UsageError(f"{folder} is not an empty folder; give a new one for the federation")
+    make_folder(place)
+    if not blueprint.insecure:
+        identity.make_authority(place, blueprint.name, days=max(blueprint.days, _LEAST_AUTHORITY_DAYS))
+        hosts = [host_and_port(blueprint.address)[0], *blueprint.hosts]
+        identity.make_server_certificate(place, blueprint.name, hosts, days=blueprint.days)
+    for name in ("logs", FLOWER_HOME, APP, "sites"):
+        make_folder(place / name)
+    keys = {name: _make_site(place, name, insecure=blueprint.insecure) for name in sorted(blueprint.sites)}
+    write_federation(place, FEDERATION_HEAD + tomli_w.dumps(_federation_table(blueprint, keys)), blueprint.sites)
+    for name in blueprint.sites:
+        _write_site_file(place / "sites" / name, name, blueprint.address, blueprint.site_data.get(name))
+    roster = read_roster(place)
+    write_atomically(place / FLOWER_HOME / "config.toml", _flower_text(roster))
+    write_atomically(place / APP / "pyproject.toml", _app_text(place))
+    _write_starters(roster)
+    return roster
+
+
+def add_site(
+    folder: Path | str, name: str, public_key_line: str | None = None, *, data: Mapping[str, Any] | None = None
+) -> Path:
+    """Lets one more site take part.
+
+    Args:
+        folder: The federation's.
+        name: Of the site.
+        public_key_line: Of a key that the site made itself; None makes a pair here, to be copied with the folder.
+        data: Table ``data`` of its ``site.toml``; None leaves an example.
+
+    Returns:
+        The site's folder, which has all that the site needs.
+
+    Raises:
+        UsageError: if the name or the key is taken or cannot be one.
+    """
+    roster = read_roster(folder)
+    faults = name_faults("", (*roster.sites, name))
+    if faults:
+        raise UsageError(together(faults))
+    place = units.check_path(roster.folder / "sites" / name)
+    if place.exists():
+        raise UsageError(f"{place} is there already; move it away first")
+    line = _own_line(roster, public_key_line)
+    before = _compose(roster)
+    key = _make_site(roster.folder, name, insecure=roster.deploy.insecure, line=line)
+    _write_site_file(place, name, roster.deploy.address, data)
+    change_sites(roster, {**roster.sites, name: key})
+    _renew_compose(roster.folder, before)
+    return place
+
+
+def remove_site(folder: Path | str, name: str) -> Path | None:
+    """Takes a site out: its key is no longer registered, its folder moves from ``sites`` to ``removed``.
+
+    Flower never takes a removed key again: a site that comes back needs a new one.
+
+    Returns:
+        Where its folder is now; None if there was none.
+
+    Raises:
+        UsageError: if there is no such site.
+    """
+    roster = read_roster(folder)
+    if name not in roster.sites:
+        raise UsageError(unknown_name("site", name, roster.sites))
+    before = _compose(roster)
+    change_sites(roster, {other: key for other, key in roster.sites.items() if other != name})
+    _renew_compose(roster.folder, before)
+    place = roster.folder / "sites" / name
+    if not place.is_dir():
+        return None
+    make_folder(roster.folder / "removed")
+    target = next(
+        path
+        for number in range(1_000_000)
+        if not (path := roster.folder / "removed" / (name if not number else f"{name}.{number}")).exists()
+    )
+    place.rename(target)
+    return target
+
+
+def make_site_key(folder: Path | str) -> str:
+    """Makes a key pair in a site's own folder, so that the private half never travels; gives the line for the server.
+
+    Raises:
+        UsageError: if there is a key already.
+    """
+    place = Path(folder)
+    make_folder(place)
+    return identity.make_key_pair(place)
+
+
+def renew_certificate(folder: Path | str, *, days: int) -> identity.CertificateFacts:
+    """Replaces the server's certificate by one for the same hosts; sites need nothing new. The proxy must reload.
+
+    Raises:
+        UsageError: if there is no authority that can sign.
+    """
+    roster = read_roster(folder)
+    hosts = identity.describe(roster.folder / identity.SERVER).hosts
+    identity.make_server_certificate(roster.folder, roster.deploy.name, hosts, days=days)
+    return identity.describe(roster.folder / identity.SERVER)
+
+
+def _address_faults(blueprint: Blueprint) -> list[str]:
+    faults = []
+    for what in ("address", "listen"):
+        try:
+            host, port = host_and_port(getattr(blueprint, what) or blueprint.address)
+        except UsageError as error:
+            faults.append(f"{what}: {error}")
+            continue
+        if blueprint.insecure and not is_loopback(host):
+            faults.append(f"insecure: got true with {what} {join(host, port)}; expected a loopback address, 127.0.0.1")
+        if what == "address" and not blueprint.listen and not is_loopback(host) and port == 2**16 - 1:
+            faults.append("listen: missing; there is no next port after 65535")
+    faults += [
+        f"hosts: got {brief(host)}; expected a DNS name or an IP address"
+        for host in blueprint.hosts
+        if not is_host(host)
+    ]
+    return list(dict.fromkeys(faults))
+
+
+def _table_faults(blueprint: Blueprint) -> list[str]:
+    faults = [
+        f"config.{key}: got one for a federation; leave it out"
+        for key in ("source", "partition", *OWN_TABLES)
+        if key in blueprint.config
+    ]
+    unknown = [name for name in blueprint.site_data if name not in blueprint.sites]
+    faults += [f"site_data: got data of {brief(name)}, which is no site" for name in unknown]
+    taken = {"name", "address", "listen", "insecure"} & set(blueprint.deploy)
+    faults += [f"deploy.{key}: got one; say it as {key}" for key in sorted(taken)]
+    build_options(DeployOptions, {k: v for k, v in blueprint.deploy.items() if k not in taken}, "deploy", faults)
+    return faults
+
+
+def _own_line(roster: Roster, line: str | None) -> str | None:
+    """A public key in the form in which it is written down; refused if another site has it."""
+    if line is None:
+        return None
+    if roster.deploy.insecure:
+        raise UsageError("got a public key for a federation without keys (deploy.insecure); leave it out")
+    own = identity.public_line(line)
+    for other, key in roster.sites.items():
+        if key and identity.public_line(key) == own:
+            raise UsageError(f"got the public key {identity.fingerprint(own)}; it is the key of site {brief(other)}")
+    return own
+
+
+def _make_site(folder: Path, name: str, *, insecure: bool, line: str | None = None) -> str:
+    """A site's folder with certificate and keys; gives its public key, empty without keys."""
+    place = folder / "sites" / name
+    make_folder(place)
+    place.chmod(0o700)
+    if insecure:
+        return ""
+    write_atomically(place / identity.CA, (folder / identity.CA).read_bytes())
+    if line is None:
+        return identity.make_key_pair(place)
+    write_atomically(place / identity.NODE_LINE, line + "\n")
+    return line
+
+
+def _federation_table(blueprint: Blueprint, keys: Mapping[str, str]) -> Table:
+    own = {"name": blueprint.name, "address": blueprint.address, "listen": blueprint.link}
+    insecure = {"insecure": True} if blueprint.insecure else {}
+    data = {"data": blueprint.data} if blueprint.data else {}
+    return {**blueprint.config, **data, "deploy": {**own, **insecure, **blueprint.deploy}, "sites": dict(keys)}
+
+
+def _write_site_file(place: Path, name: str, server: str, data: Mapping[str, Any] | None) -> None:
+    table: Table = {"name": name, "server": server, "state": "state", "device": "cpu", "anew": False}
+    text = _SITE_HEAD + tomli_w.dumps(table) + "\n" + _SITE_DATA
+    write_atomically(place / SITE_FILE, text + (tomli_w.dumps({"data": dict(data)}) if data else _SITE_EXAMPLE))
+
+
+def _flower_text(roster: Roster) -> str:
+    """Flower's own configuration: how its command reaches the SuperLink from this machine."""
+    secret: Table = {"root-certificates": str(roster.folder / identity.CA)}
+    connection = {"address": local_address(roster.link), **({"insecure": True} if roster.deploy.insecure else secret)}
+    return tomli_w.dumps({"superlink": {"default": CONNECTION, CONNECTION: connection}})
+
+
+def _app_text(folder: Path) -> str:
+    """The app that Flower is given: it has no code, it names the code that is installed."""
+    return tomli_w.dumps(
+        {
+            "project": {
+                "name": "fedmerge-federation",
+                "version": __version__,
+                "description": "A federation of fedmerge",
+                "license": "Apache-2.0",
+                "requires-python": ">=3.11",
+                "dependencies": ["flwr>=1.41,<1.43"],
+            },
+            "tool": {
+                "flwr": {
+                    "app": {
+                        "publisher": "fedmerge",
+                        "components": {
+                            "serverapp": "fedmerge.deploy.flower.server_app:app",
+                            "clientapp": "fedmerge.deploy.flower.client_app:app",
+                        },
+                        "config": {"folder": str(folder)},
+                    }
+                }
+            },
+        }
+    )
+
+
+def _write_starters(roster: Roster) -> None:
+    """Units for systemd, and where there is a proxy its configuration and a compose file."""
+    folder, program, user = roster.folder, Path(sys.executable).with_name("fedmerge"), _owner()
+    texts = {
+        "fedmerge-server.service": units.server_unit(folder, program, user),
+        "fedmerge-run.service": units.run_unit(folder, program, user),
+        "fedmerge-site@.service": units.site_unit(program),
+    }
+    if roster.has_proxy:
+        address, nginx = roster.deploy.address, Path(shutil.which("nginx") or "/usr/sbin/nginx")
+        texts["fedmerge-proxy.service"] = units.proxy_unit(folder, nginx, user, port=host_and_port(address)[1])
+        make_folder(folder / "proxy")
+        write_atomically(folder / "nginx.conf", units.nginx_text(folder, address, roster.link))
+        write_atomically(folder / "compose.yaml", _compose(roster))
+    make_folder(folder / "systemd")
+    for name, text in texts.items():
+        write_atomically(folder / "systemd" / name, text)
+
+
+def _owner() -> str:
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:  # a number without a name, as in containers
+        return str(os.getuid())
+
+
+def _compose(roster: Roster) -> str:
+    if not roster.has_proxy:
+        return ""
+    return units.compose_text(roster.folder, roster.deploy.address, roster.link, tuple(roster.sites))
+
+
+def _renew_compose(folder: Path, before: str) -> None:
+    """Writes the compose file anew, unless somebody has changed it."""
+    path = folder / "compose.yaml"
+    if before and path.is_file() and path.read_text(encoding="utf-8") == before:
+        write_atomically(path, _compose(read_roster(folder)))
+
+
+_SITE_HEAD = """\
+# This site's own settings. The server never sees this file.
+
+"""
+_SITE_DATA = """\
+# Where this site's examples are; they never leave its machine.
+"""
+_SITE_EXAMPLE = """\
+# Exactly one of these, without the sign in front:
+# [data]
+# path = "examples.csv"            # .npz, .csv or .parquet; or a folder with train.*, validation.* and test.*
+# huggingface = "name or folder"   # a data set in the format of Hugging Face
+# python = "reader.py:examples"    # a function of your own that gives (x, y)
+"""
