@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +11,17 @@ import numpy as np
 import tomli_w
 
 from fedmerge.deploy.client import answer_to
-from fedmerge.deploy.federation import FederationConfig, Terms, read_federation
+from fedmerge.deploy.federation import FederationConfig, read_federation
 from fedmerge.deploy.link import Contact, Failure
 from fedmerge.deploy.messages import Kind, Letter
 from fedmerge.deploy.post import Clock
 from fedmerge.deploy.site import read_site
-from fedmerge.deploy.site_data import site_client
-from fedmerge.experiment.execute import Outcome, execute
-from fedmerge.experiment.federation import encoder_of
 
 NAMES = ("clinic-a", "clinic-b", "clinic-c")
 
 
 def write_federation(folder: Path, names: Sequence[str] = NAMES, **options: Any) -> FederationConfig:
-    """A federation without certificates whose sites have tables of numbers, each with an own rule behind its classes."""
+    """A federation without certificates whose sites have numbers, each with a rule of its own behind its classes."""
     rng = np.random.default_rng(7)
     for number, name in enumerate(names):
         site = folder / "sites" / name
@@ -102,14 +99,3 @@ class HereLink:
 
     def pull(self, tickets: Sequence[str]) -> Sequence[tuple[str, Letter | Failure]]:
         return [(ticket, self._waiting.pop(ticket)) for ticket in tickets if ticket in self._waiting]
-
-
-def in_process(federation: FederationConfig, folder: Path | None = None) -> Outcome:
-    """The same federation simulated in this process, client by client."""
-    terms: Terms = federation.terms
-    encoder = encoder_of(terms.model)
-    sites = [read_site(federation.folder / "sites" / name) for name in federation.names]
-    clients = [site_client(site, terms.schema, seed=terms.options.seed, encoder=encoder) for site in sites]
-    data = replace(terms.schema.without_examples(federation.names), clients=tuple(clients))
-    options = replace(terms.options, runtime="sequential", kernels="torch")
-    return execute(terms.method, data, terms.model, terms.training, options, label="here", folder=folder)

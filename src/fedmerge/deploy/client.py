@@ -30,6 +30,7 @@ from fedmerge.experiment.config import read_toml
 from fedmerge.experiment.federation import channels_last, encoder_of, in_precision, make_module
 from fedmerge.experiment.simulation import one_thread, played_method, remember
 from fedmerge.experiment.store import versions
+from fedmerge.experiment.trial import check_module
 from fedmerge.runtime import Engine, Fleet, Sequential, first_fleet
 from fedmerge.runtime.place import Place, device_of
 from fedmerge.runtime.rounds import ClientRound, models_received
@@ -120,9 +121,10 @@ def agreed_terms(plain: Mapping[str, Any], config: SiteConfig) -> Terms:
         table = read_toml(own)
         agreed = terms_of({key: value for key, value in table.items() if key not in ("deploy", "sites")})
         if agreed.digest != terms.digest:
+            difference = _first_difference(agreed.plain(), terms.plain())
             raise UsageError(
-                f"the server asks for other terms than {own} holds ({_first_difference(agreed.plain(), terms.plain())});"
-                " agree with whoever runs the server and replace the file, or remove it to accept any terms"
+                f"the server asks for other terms than {own} holds ({difference}); agree with whoever runs the server "
+                "and replace the file, or remove it to accept any terms"
             )
         return terms
     if plain.get("model", {}).get("name") == "import":
@@ -157,6 +159,7 @@ def ready_site(config: SiteConfig, terms: Terms) -> Site:
     layout = layout_of(module, head=options.head, frozen=options.frozen)
     data = replace(shapes, clients=(_client(config, terms),))
     data = channels_last(in_precision(data, options.dtype))
+    check_module(module, data, terms.training)
     client = data.clients[0]
     remember(module, torch.cat([part.inputs for part in (client.train, client.validation, client.test)]))
     place = Place(device_of(config.device), options.precision)

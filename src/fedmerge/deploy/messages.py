@@ -38,7 +38,7 @@ class Order:
     """What the server asks of a site.
 
     Attributes:
-        kind: ``hello`` asks who is there; ``round`` is the one message of a round; ``final`` hands over the site's model.
+        kind: ``hello`` asks who is there, ``round`` is the one message of a round, ``final`` brings the site's model.
         run: Identity of the run.
         round: Number of the round, counted from 1; the received model is that of the round before. Of a final order the
             round that the model is of.

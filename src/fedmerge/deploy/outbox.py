@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from fedmerge.core.protocol import take
 from fedmerge.core.replies import Template, template_of
@@ -14,6 +15,7 @@ from fedmerge.data import Examples
 from fedmerge.data.encoding import Kind
 from fedmerge.data.form import TOKENS
 from fedmerge.deploy.schema import DataSchema
+from fedmerge.deploy.trees import form_of
 from fedmerge.experiment.simulation import Setup
 from fedmerge.runtime import first_fleet
 from fedmerge.runtime.rounds import ClientRound
@@ -57,21 +59,35 @@ class Outbox:
         return take(self._made, place - start)
 
 
-def update_template(setup: Setup, state: Any, schema: DataSchema) -> Template:
-    """What an update of this method and network looks like: a made-up client trains on made-up examples.
+class Templates:
+    """What an update looks like, as the method's own code makes it: a made-up client trains on made-up examples.
+
+    It depends on the form of what the client received, so that one template serves all rounds that send alike.
 
     Args:
         setup: Of the run.
-        state: The server's, before any round.
         schema: Form of the data.
     """
-    layout, options = setup.layout, setup.options
-    fleet = first_fleet(setup.played, layout.read(setup.module), 1, layout.num_trainable, options.buffers)
-    plan = Planned(_made_up(schema, options.dtype), setup.training, setup.training.lr, options.seed, 1, 0)
-    received = Outbox(setup, state, [0]).of(0)
-    job = (received, fleet.private[0], plan, fleet.buffers[0])
-    update, _, _ = setup.engine.map(ClientRound(setup.played, fleet.rules), [job])[0]
-    return template_of(update)
+
+    def __init__(self, setup: Setup, schema: DataSchema) -> None:
+        self._setup, self._schema = setup, schema
+        self._known: dict[str, Template] = {}
+
+    def answering(self, received: Any) -> Template:
+        """Of the update of a client that received this tree."""
+        key = repr((form_of(received), [(leaf.shape, leaf.dtype) for leaf in tree_leaves(received)]))
+        if key not in self._known:
+            self._known[key] = self._made(received)
+        return self._known[key]
+
+    def _made(self, received: Any) -> Template:
+        setup = self._setup
+        layout, options = setup.layout, setup.options
+        fleet = first_fleet(setup.played, layout.read(setup.module), 1, layout.num_trainable, options.buffers)
+        plan = Planned(_made_up(self._schema, options.dtype), setup.training, setup.training.lr, options.seed, 1, 0)
+        job = (received, fleet.private[0], plan, fleet.buffers[0])
+        update, _, _ = setup.engine.map(ClientRound(setup.played, fleet.rules), [job])[0]
+        return template_of(update)
 
 
 def _made_up(schema: DataSchema, dtype: torch.dtype) -> Examples:

@@ -36,6 +36,21 @@ class Clock(NamedTuple):
     sleep: Callable[[float], None]
 
 
+class Taken(NamedTuple):
+    """What became of an answer.
+
+    Attributes:
+        counts: Whether it is one of those that are needed.
+        why: Why it was not believed; empty if it was.
+    """
+
+    counts: bool
+    why: str = ""
+
+
+Take = Callable[[str, Letter], Taken]
+
+
 class Asking(NamedTuple):
     """What sites are to be asked.
 
@@ -43,14 +58,14 @@ class Asking(NamedTuple):
         kind: Of the order.
         group: Of the messages, a round.
         letters: What each site is to get, by name; made when it is sent.
-        take: Is given each answer; says whether it counts.
+        take: Is given each answer; raises FedmergeError for one that cannot be read.
         needed: Answers that must count before the deadline can end the waiting.
     """
 
     kind: Kind
     group: str
     letters: Mapping[str, Callable[[], Letter]]
-    take: Callable[[str, Letter], bool]
+    take: Take
     needed: int
 
 
@@ -260,8 +275,11 @@ class Post:
                 self._failed(name, waiting, found, missing)
                 continue
             del waiting[name]
-            if asking.take(name, found):
-                counted += 1
+            taken = _taken(asking, name, found)
+            counted += taken.counts
+            if taken.why:
+                missing[name] = taken.why
+            else:
                 self.board.answered(name, asking.group)
         return counted
 
@@ -277,6 +295,13 @@ class Post:
         if site.failures >= self.options.attempts:
             missing[name] = failure.reason
             del waiting[name]
+
+
+def _taken(asking: Asking, name: str, letter: Letter) -> Taken:
+    try:
+        return asking.take(name, letter)
+    except FedmergeError as error:
+        return Taken(False, str(error))
 
 
 def _told(missing: Mapping[str, str]) -> str:

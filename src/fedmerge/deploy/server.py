@@ -27,14 +27,14 @@ from fedmerge.core.files import make_folder
 from fedmerge.core.keeping import travelling
 from fedmerge.core.memory import keep_freed
 from fedmerge.core.protocol import deliver
-from fedmerge.core.replies import Expected, Template, check_of, reasons_text
+from fedmerge.core.replies import Expected, check_of, reasons_text
 from fedmerge.core.tensor_files import read_tensors
 from fedmerge.deploy.deployment import Deployment, new_deployment, read_deployment, write_deployment
 from fedmerge.deploy.federation import FederationConfig
 from fedmerge.deploy.link import Link
-from fedmerge.deploy.messages import Letter, Order, text_of
-from fedmerge.deploy.outbox import Outbox, update_template
-from fedmerge.deploy.post import Asking, Clock, Post
+from fedmerge.deploy.messages import Letter, Order, answer_from, text_of
+from fedmerge.deploy.outbox import Outbox, Templates
+from fedmerge.deploy.post import Asking, Clock, Post, Take, Taken
 from fedmerge.deploy.status import Board, Status
 from fedmerge.deploy.tray import Tray
 from fedmerge.deploy.trees import form_of
@@ -76,14 +76,14 @@ class Plan:
     Attributes:
         federation: Its folder, read.
         setup: Method, network and options.
-        template: Of an update.
+        templates: Of updates.
         start: Before the first round.
         digest: Of who takes part with which form of data.
     """
 
     federation: FederationConfig
     setup: Setup
-    template: Template
+    templates: Templates
     start: Progress
     digest: str
 
@@ -111,7 +111,7 @@ def plan_of(federation: FederationConfig) -> Plan:
     fleet = Fleet(((),) * N, (_NO_TENSORS,) * N, options.buffers, setup.layout.num_trainable)  # sites keep theirs
     identity = json.dumps([federation.names, terms.plain()["data"]], sort_keys=True)
     digest = hashlib.sha256(identity.encode()).hexdigest()
-    return Plan(federation, setup, update_template(setup, state, schema), Progress(state, fleet, 0), digest)
+    return Plan(federation, setup, Templates(setup, schema), Progress(state, fleet, 0), digest)
 
 
 def bases(rounds: Sequence[RoundRecord], num_clients: int) -> list[int]:
@@ -373,16 +373,13 @@ def _turnout(office: Office, number: int) -> Turnout:
 
 def _tray(office: Office, number: int, cohort: Sequence[int]) -> Tray:
     names, replies = office.plan.federation.names, office.folder / "replies"
-    expected = Expected(
-        office.deployment.run,
-        number,
-        frozenset(cohort),
-        office.plan.template,
-        further=check_of(office.setup.played),
-    )
+    example = Outbox(office.setup, office.journey.last.state, cohort[:1] or [0]).of(cohort[0] if cohort else 0)
+    template = office.plan.templates.answering(example)
+    asked = frozenset(cohort)
+    expected = Expected(office.deployment.run, number, asked, template, further=check_of(office.setup.played))
     if cohort:
         make_folder(replies)
-    spool = Spool(replies, office.plan.template, cohort) if cohort else None
+    spool = Spool(replies, template, cohort) if cohort else None
     return Tray(expected, {name: i for i, name in enumerate(names)}, office.post.board, spool, office.post.reports)
 
 
@@ -427,12 +424,14 @@ def lettered(order: Order, tree: Any) -> Letter:
     return Letter(text_of(order), {str(k): leaf for k, leaf in enumerate(tree_leaves(tree))})
 
 
-def _counter(tray: Tray, cohort: Sequence[int]) -> Callable[[str, Letter], bool]:
+def _counter(tray: Tray, cohort: Sequence[int]) -> Take:
     """Takes answers in; those count that a quorum is made of."""
     members = frozenset(cohort)
 
-    def take(name: str, letter: Letter) -> bool:
-        return tray.take(name, letter) and (not members or tray.index[name] in members)
+    def take(name: str, letter: Letter) -> Taken:
+        refusal = tray.take(name, letter)
+        counts = refusal is None and (not members or tray.index[name] in members)
+        return Taken(counts, "" if refusal is None else f"{refusal.reason}: {refusal.detail}")
 
     return take
 
@@ -499,24 +498,18 @@ def hand_over(
     done = list(deployment.delivered)
 
     def letter(i: int) -> Letter:
-        tree, kind = box.of(i), "final"
-        order = Order(
-            "final",
-            deployment.run,
-            number,
-            i,
-            names[i],
-            terms,
-            base=since[i],
-            keep=(since[i],),
-            form=tuple(form_of(tree)),
-        )
+        tree, base = box.of(i), since[i]
+        form = tuple(form_of(tree))
+        order = Order("final", deployment.run, number, i, names[i], terms, base=base, keep=(base,), form=form)
         return lettered(order, tree)
 
-    def take(name: str, _: Letter) -> bool:
+    def take(name: str, letter: Letter) -> Taken:
+        answer = answer_from(letter.text)
+        if (answer.site, answer.run) != (name, deployment.run):
+            return Taken(False, f"it answered for {answer.site!r}")
         done.append(name)
         write_deployment(folder, replace(deployment, delivered=tuple(done)))
-        return True
+        return Taken(True)
 
     missing = post.ask(Asking("final", "models", {names[i]: partial(letter, i) for i in left}, take, 0))
     for name, why in sorted(missing.items()):

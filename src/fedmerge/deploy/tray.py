@@ -42,15 +42,14 @@ class Tray:
     passed: int = 0
     bytes_up: int = 0
 
-    def take(self, name: str, letter: Letter) -> bool:
-        """Takes in one answer; whether it counts."""
+    def take(self, name: str, letter: Letter) -> Refusal | None:
+        """Takes in one answer; why not, if it is not believed."""
         client = self.index[name]
         refusal = self._refusal_of(client, name, letter)
-        if refusal is None:
-            return True
-        self.refusals.append(refusal)
-        self.board.refused(name, f"{refusal.reason}: {refusal.detail}")
-        return False
+        if refusal is not None:
+            self.refusals.append(refusal)
+            self.board.refused(name, f"{refusal.reason}: {refusal.detail}")
+        return refusal
 
     def _refusal_of(self, client: int, name: str, letter: Letter) -> Refusal | None:
         try:

@@ -179,16 +179,27 @@ class RunRecord:
 def select(evaluated: Sequence[RoundRecord]) -> RoundRecord:
     """The record with the best mean validation accuracy, the earliest of equals; the last one if none has any.
 
+    Two records are compared on the clients that were scored in both: a round is not better because a client that does
+    badly was away.
+
     Args:
         evaluated: In order, at least one. Selecting pair by pair as rounds come in gives the same record.
     """
-    best = max(evaluated, key=_validation_rank)
-    return best if best.validation and not math.isnan(best.validation.mean_accuracy()) else evaluated[-1]
+    best = evaluated[0]
+    for record in evaluated[1:]:
+        known = best.validation is not None and not math.isnan(best.validation.mean_accuracy())
+        if not known or _gain(best, record) > 0:
+            best = record
+    return best
 
 
-def _validation_rank(record: RoundRecord) -> tuple[float, int]:
-    accuracy = record.validation.mean_accuracy() if record.validation else math.nan
-    return (-math.inf if math.isnan(accuracy) else accuracy, -record.round)
+def _gain(best: RoundRecord, record: RoundRecord) -> float:
+    """By how much the mean validation accuracy of a record is above that of the best one, over common clients."""
+    if best.validation is None or record.validation is None:
+        return 0.0
+    pairs = zip(best.validation.accuracy, record.validation.accuracy, strict=True)
+    common = [(old, new) for old, new in pairs if old is not None and new is not None]
+    return math.fsum(new for _, new in common) - math.fsum(old for old, _ in common)
 
 
 def to_plain(value: Any) -> Any:
