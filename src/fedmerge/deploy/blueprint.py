@@ -193,9 +193,9 @@ def renew_certificate(folder: Path | str, *, days: int) -> identity.CertificateF
 
 def _address_faults(blueprint: Blueprint) -> list[str]:
     faults = []
-    for what in ("address", "listen"):
+    for what in ("address", "listen") if blueprint.listen else ("address",):
         try:
-            host, port = host_and_port(getattr(blueprint, what) or blueprint.address)
+            host, port = host_and_port(getattr(blueprint, what))
         except UsageError as error:
             faults.append(f"{what}: {error}")
             continue

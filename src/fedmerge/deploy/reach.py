@@ -186,6 +186,7 @@ def _clock(answer: _Answer | str, now: datetime | None = None) -> Finding:
     ahead = ((now or datetime.now(timezone.utc)) - answer.date).total_seconds() - 0.5 - answer.seconds / 2
     ok = -MOST_SECONDS_BEHIND <= ahead <= MOST_SECONDS_AHEAD
     told = f"this machine's clock is {abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} the server's"
+    told = "this machine's clock and the server's agree" if abs(ahead) < 1.5 else told
     advice = "; set both by NTP: signatures from another time are refused" if not ok else ""
     return Finding("clock", ok, told + advice)
 

@@ -312,10 +312,10 @@ class _Verbatim(str):
 
 
 def _yaml(value: object, depth: int = 0) -> str:
-    """Tables, lists and plain values as YAML: keys and texts as JSON writes them, which YAML reads."""
+    """Tables, lists of texts and plain values as YAML: keys are words of ours, texts as JSON writes them."""
     indent = "  " * depth
     if isinstance(value, Mapping) and value:
-        return "".join(f"{indent}{_yaml_key(str(key))}:{_yaml_value(part, depth)}" for key, part in value.items())
+        return "".join(f"{indent}{key}:{_yaml_value(part, depth)}" for key, part in value.items())
     if isinstance(value, list) and value:
         return "".join(f"{indent}- {_yaml_scalar(part)}\n" for part in value)
     return f"{indent}{_yaml_scalar(value)}\n"
@@ -324,10 +324,6 @@ def _yaml(value: object, depth: int = 0) -> str:
 def _yaml_value(value: object, depth: int) -> str:
     nested = isinstance(value, (Mapping, list)) and value
     return "\n" + _yaml(value, depth + 1) if nested else f" {_yaml_scalar(value)}\n"
-
-
-def _yaml_key(key: str) -> str:
-    return key if key.replace("-", "").replace("_", "").isalnum() and key.isascii() else json.dumps(key)
 
 
 def _yaml_scalar(value: object) -> str:
