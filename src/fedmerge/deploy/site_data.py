@@ -79,13 +79,13 @@ def _cut_rows(site: SiteConfig, schema: DataSchema, seed: int, encoder: Encoder 
     given = site_tables(site, schema)
     if not len(given["train"].labels):
         raise DataError(f"{given['train'].origin} has no rows; expected one to train on at least")
-    tables = [_fitted(table, schema) for table in given.values()]
+    tables = [fitted(table, schema) for table in given.values()]
     if encoder is not None and schema.dtype == TOKENS and encoder.kind != schema.kind:
         raise UsageError(f"the model reads texts for {encoder.kind}; the federation's data are {schema.kind}")
     names = schema.class_names
-    learned = learned_from([_by_name(table, names) for table in tables], encoder, names)
+    learned = learned_from([by_name(table, names) for table in tables], encoder, names)
     own: Rows = {
-        split: (_owned(inputs), targets)
+        split: (owned(inputs), targets)
         for split, inputs, targets in zip(given, learned.inputs, learned.targets, strict=True)
     }
     if own["train"][0].shape[1:] != schema.shape:
@@ -99,7 +99,7 @@ def _cut_rows(site: SiteConfig, schema: DataSchema, seed: int, encoder: Encoder 
     return cut
 
 
-def _owned(inputs: NDArray[Any]) -> NDArray[Any]:
+def owned(inputs: NDArray[Any]) -> NDArray[Any]:
     """An array that torch can take over: a site's function may give one that is read-only or runs backwards."""
     return np.require(inputs, requirements=["C", "W"])
 
@@ -171,7 +171,7 @@ def _of_python(site: SiteConfig, schema: DataSchema) -> Tables:
 # --- what all sites share ---
 
 
-def _fitted(table: Table, schema: DataSchema) -> Table:
+def fitted(table: Table, schema: DataSchema) -> Table:
     """The table in the schema's form: its columns in order, every input of the shape and type that it names."""
     is_text = table.inputs.dtype.kind == "U"
     if is_text != (schema.dtype == TOKENS):
@@ -230,7 +230,7 @@ def _how_to_mend(table: Table, schema: DataSchema) -> str:
     return ": give as many features for each row"
 
 
-def _by_name(table: Table, names: tuple[str, ...]) -> Table:
+def by_name(table: Table, names: tuple[str, ...]) -> Table:
     """Labels that are numbers as the names that they are, where the classes are called by other numbers than 0..K-1.
 
     A class called "3" that is the first of all is number 3 in a site's file, and not number 0.

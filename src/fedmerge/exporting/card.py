@@ -98,9 +98,10 @@ def _facts(client: Client, base: Pretrained | None) -> list[tuple[str, str]]:
         ("accuracy, validation", _score(client, "validation", measured)),
         ("method", f"{record.method} `{json.dumps(options)}`"),
         ("seed", str(record.seed)),
-        ("round", f"{client.trained.progress.round}, {_why_this_round(client)}"),
+        ("round", f"{client.trained.progress.round}, {client.why_round or _why_this_round(client)}"),
         ("data sha256", f"`{record.data_sha256}`"),
         ("run made by", f"fedmerge {record.versions.get('fedmerge', 'of unknown version')}"),
+        *client.facts,
     ]
 
 

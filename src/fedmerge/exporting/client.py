@@ -24,11 +24,15 @@ class Client:
         trained: The run.
         index: Of the client.
         personal: Its model, as one vector or several.
+        why_round: Why the model is of its round, where that is not the run's own choice by what its record holds.
+        facts: Further rows of the table on its card.
     """
 
     trained: Trained
     index: int
     personal: Personal
+    why_round: str = ""
+    facts: tuple[tuple[str, str], ...] = ()
 
     @property
     def name(self) -> str:
@@ -61,8 +65,9 @@ class Client:
         return networks[0] if isinstance(self.personal, Tensor) else EnsembleModule(networks, self.personal).eval()
 
     def row(self) -> list[float] | None:
-        """[d] its merging weights; None for methods without them."""
-        weights = self.trained.setup.played.mixing(self.trained.progress.state)
+        """[d] its merging weights; None for methods without them, and where the server's state is elsewhere."""
+        state = self.trained.progress.state
+        weights = None if state is None else self.trained.setup.played.mixing(state)
         return None if weights is None else [float(weight) for weight in weights[self.index]]
 
     def score(self, split: str) -> tuple[float, int] | None:

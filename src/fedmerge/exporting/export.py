@@ -68,9 +68,24 @@ def export_client(client: Client, out: Path, kind: str | None = None, *, row: bo
     return Exported(out, chosen, files, difference, private)
 
 
+def write_kind(client: Client, folder: Path, kind: Kind) -> Card:
+    """Writes the files of one kind into a folder that is there, for a card that the caller writes.
+
+    Raises:
+        UsageError: if the kind does not fit the network or the method.
+        FedmergeError: if a library is missing.
+    """
+    return _WRITERS[kind](client, folder)[0]
+
+
+def default_kind(client: Client) -> Kind:
+    """``peft`` for pretrained models and ``torch`` for others."""
+    return "peft" if isinstance(client.trained.module, Adapted) else "torch"
+
+
 def _kind(client: Client, kind: str | None) -> Kind:
     if kind is None:
-        return "peft" if isinstance(client.trained.module, Adapted) else "torch"
+        return default_kind(client)
     known = next((own for own in KINDS if own == kind), None)
     if known is None:
         raise UsageError(unknown_name("kind", kind, KINDS))
@@ -79,22 +94,22 @@ def _kind(client: Client, kind: str | None) -> Kind:
 
 def _as_peft(client: Client, folder: Path) -> tuple[Card, None]:
     parts = write_peft(client, folder)
-    _write_form(client, folder, parts)
+    write_form(client, folder, parts)
     title = f"Adapter of {client.name} for {parts.base_title}"
-    return Card(title, _block(snippet(parts, "peft")), base=parts), None
+    return Card(title, block(snippet(parts, "peft")), base=parts), None
 
 
 def _as_merged(client: Client, folder: Path) -> tuple[Card, None]:
     parts = write_merged(client, folder)
-    _write_form(client, folder, parts)
+    write_form(client, folder, parts)
     title = f"{parts.base_title} with the adapter of {client.name} folded in"
     facts = (("weights", f"{parts.recipe.dtype}, {type(parts.body.get_base_model()).__name__}"),)
-    return Card(title, _block(snippet(parts, "merged")), facts, base=parts), None
+    return Card(title, block(snippet(parts, "merged")), facts, base=parts), None
 
 
 def _as_mergekit(client: Client, folder: Path) -> tuple[Card, float]:
     parts, difference = write_mergekit(client, folder)
-    _write_form(client, folder, parts)
+    write_form(client, folder, parts)
     run = (
         "`mergekit-yaml recipe.yaml merged --lora-merge-cache cache`, called in this folder, writes the merged weights "
         "to `merged` (mergekit keeps each model there with its adapter folded in, in `cache`). Then:\n\n"
@@ -107,10 +122,10 @@ def _as_mergekit(client: Client, folder: Path) -> tuple[Card, float]:
     )
     title = f"Recipe for the model of {client.name} on {parts.base_title}"
     facts = (("the recipe gives", gives),)
-    return Card(title, run + _block(snippet(parts, "mergekit")), facts, limits, base=parts), difference
+    return Card(title, run + block(snippet(parts, "mergekit")), facts, limits, base=parts), difference
 
 
-def _write_form(client: Client, folder: Path, parts: Pretrained | None) -> bool:
+def write_form(client: Client, folder: Path, parts: Pretrained | None) -> bool:
     """``inputs.json``: shape and scaling of raw inputs as in ``serving.json``; none for texts, or if unknown."""
     form = client.trained.serving.form
     if form is None or (parts is not None and parts.image is None):
@@ -121,18 +136,22 @@ def _write_form(client: Client, folder: Path, parts: Pretrained | None) -> bool:
 
 def _as_torch(client: Client, folder: Path) -> tuple[Card, None]:
     module = write_torch(client, folder)
-    scaled = _write_form(client, folder, None)
-    recipe, shape = client.trained.serving.model, client.trained.input_shape
-    imports = ["from safetensors.torch import load_file", ""]
-    if recipe is None or recipe["name"] == "import" or shape is None:
-        make = f"network = ...  # the {type(module).__name__} that the run was made with"
-    else:
-        imports.insert(0, "from fedmerge.models import NETWORKS")
-        classes = len(client.trained.record.class_names)
-        make = f"network = NETWORKS.build({recipe!r}, 'model', []).build({tuple(shape)!r}, {classes})"
+    scaled = write_form(client, folder, None)
+    imports, make = building(client)
     load = 'network.load_state_dict(load_file("model.safetensors"))\nnetwork.eval()'
-    use = _block("\n".join([*imports, make, load])) + _of_outputs(client, scaled)
+    lines = [*imports, "from safetensors.torch import load_file", "", f"network = {make}", load]
+    use = block("\n".join(lines)) + of_outputs(client, scaled=scaled)
     return Card(f"Network of {client.name}", use, (("network", type(module).__name__),)), None
+
+
+def building(client: Client) -> tuple[list[str], str]:
+    """Imports and the expression that makes the client's network, as Python; ``...`` where the recipe is not known."""
+    recipe, shape = client.trained.serving.model, client.trained.input_shape
+    if recipe is None or recipe["name"] == "import" or shape is None:
+        return [], f"...  # the {type(client.trained.module).__name__} that the run was made with"
+    classes = len(client.trained.record.class_names)
+    make = f"NETWORKS.build({recipe!r}, 'model', []).build({tuple(shape)!r}, {classes})"
+    return ["from fedmerge.models import NETWORKS"], make
 
 
 _ONNX = """\
@@ -161,16 +180,17 @@ def outputs(inputs):
 
 def _as_onnx(client: Client, folder: Path) -> tuple[Card, float]:
     module, difference = write_onnx(client, folder)
-    scaled = _write_form(client, folder, None)
+    scaled = write_form(client, folder, None)
     facts = (
         ("network", f"{type(module).__name__}, float32"),
         ("largest difference of outputs", f"{difference:.1e} on three random inputs"),
     )
-    use = _block(_ONNX if scaled else _ONNX_AS_IT_IS) + _of_outputs(client, scaled)
+    use = block(_ONNX if scaled else _ONNX_AS_IT_IS) + of_outputs(client, scaled=scaled)
     return Card(f"Network of {client.name}", use, facts), difference
 
 
-def _of_outputs(client: Client, scaled: bool) -> str:
+def of_outputs(client: Client, *, scaled: bool) -> str:
+    """How inputs are scaled and what outputs mean, Markdown."""
     names = client.trained.record.class_names
     scaling = (
         "The network is given `(x - mean) / std` with `mean` and `std` of `inputs.json`, which also has shape and type "
@@ -181,7 +201,8 @@ def _of_outputs(client: Client, scaled: bool) -> str:
     return f"\n{scaling} Output k, from 0, stands for class k of {', '.join(names)}.\n\n"
 
 
-def _block(code: str) -> str:
+def block(code: str) -> str:
+    """Python as Markdown."""
     return f"```python\n{code}\n```\n"
 
 
