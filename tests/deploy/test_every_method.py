@@ -30,6 +30,7 @@ VARIANTS = [
     *(pytest.param({"method": options_of(name)}, id=name) for name in METHODS),
     pytest.param({"keep": ["head"]}, id="own-head"),
     pytest.param({"fraction": 0.6, "evaluate_every": 2, "rounds": 4}, id="some-sites-each-round"),
+    pytest.param({"data": {"class_names": ["0", "1", "2"], "shape": [6], "scale": "pooled"}}, id="pooled-scale"),
     pytest.param({"precision": "float64"}, id="float64"),
     pytest.param({"select": "last", "participation": {"sampling": "weighted"}, "fraction": 0.5}, id="weighted"),
     pytest.param({"training": {"batch_size": 10, "lr": 0.1, "schedule": "cosine"}}, id="schedule"),

@@ -17,8 +17,9 @@ from fedmerge.deploy.deployment import read_deployment
 from fedmerge.deploy.federation import read_federation
 from fedmerge.deploy.link import Failure
 from fedmerge.deploy.messages import Letter
+from fedmerge.deploy.office import bases
 from fedmerge.deploy.rehearsal import rehearse
-from fedmerge.deploy.server import bases, serve
+from fedmerge.deploy.server import serve
 from fedmerge.deploy.status import read_status
 from fedmerge.experiment.record import read_run
 

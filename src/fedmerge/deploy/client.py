@@ -20,9 +20,10 @@ from fedmerge.core.vector import Layout, layout_of
 from fedmerge.data import ClientData, FederatedData
 from fedmerge.deploy.federation import FILE, Terms, terms_of
 from fedmerge.deploy.messages import Answer, Letter, Order, Score, order_from, text_of
+from fedmerge.deploy.moments import moments
 from fedmerge.deploy.private_state import PrivateState, site_held
 from fedmerge.deploy.site import SiteConfig
-from fedmerge.deploy.site_data import site_client
+from fedmerge.deploy.site_data import raw_client, site_client
 from fedmerge.deploy.site_model import write_site_model
 from fedmerge.deploy.trees import tree_from
 from fedmerge.experiment.choice import objective_of
@@ -98,7 +99,7 @@ def answer_to(letter: Letter, config: SiteConfig) -> Letter:
     terms = agreed_terms(order.terms, config)
     with one_thread(), site_held(config.state_folder, WAIT):
         if order.kind == "hello":
-            answer, tensors = _counts(order, _client(config, terms), config), {}
+            answer, tensors = _introduction(order, config, terms), {}
         else:
             answer, tensors = _work(order, ready_site(config, terms), letter.tensors)
     answer = replace(answer, seconds=time.perf_counter() - began, versions=versions())
@@ -120,6 +121,8 @@ def agreed_terms(plain: Mapping[str, Any], config: SiteConfig) -> Terms:
     if own.is_file():
         table = read_toml(own)
         agreed = terms_of({key: value for key, value in table.items() if key not in ("deploy", "sites")})
+        if agreed.schema.needs_moments and terms.schema.mean and terms.schema.std:
+            agreed = replace(agreed, schema=agreed.schema.with_scale(terms.schema.mean, terms.schema.std))
         if agreed.digest != terms.digest:
             difference = _first_difference(agreed.plain(), terms.plain())
             raise UsageError(
@@ -165,6 +168,14 @@ def ready_site(config: SiteConfig, terms: Terms) -> Site:
     place = Place(device_of(config.device), options.precision)
     engine = Sequential(module, layout, terms.training.descent(), objective=objective_of(data), place=place)
     return Site(config, terms, data, module, layout, played_method(terms.method, layout, options), engine)
+
+
+def _introduction(order: Order, config: SiteConfig, terms: Terms) -> Answer:
+    """Who the site is and how many examples it has; their sums too, where the scale is still to be found."""
+    encoder = encoder_of(terms.model)
+    client = raw_client(config, terms.schema, seed=terms.options.seed, encoder=encoder)
+    sums = moments(client).plain() if terms.schema.needs_moments else {}
+    return replace(_counts(order, client, config), moments=sums)
 
 
 def _counts(order: Order, client: ClientData, config: SiteConfig) -> Answer:

@@ -26,12 +26,16 @@ class Deployment:
         run: Its identity: sites keep their private state under it.
         terms: Digest of what server and sites agreed on.
         delivered: Sites that have got their model of the selected round.
+        mean: Subtracted from every site's inputs, where it was found from the sums of all sites; empty otherwise.
+        std: Divided by, alike.
         stopped: Why the run stopped, if running it again as it is would not help; empty otherwise.
     """
 
     run: str
     terms: str
     delivered: tuple[str, ...] = ()
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
     stopped: str = ""
 
 

@@ -100,6 +100,7 @@ class Answer:
         seconds: Wall time of the work without the start of the process.
         validation: Score of the received model, if that was asked for.
         test: The same on the test examples.
+        moments: Sums over the site's train rows, where the scale is found from those of all sites.
         versions: Of the site's fedmerge, python, torch and machine.
         note: Something that the server's log should say; empty for nothing.
     """
@@ -115,6 +116,7 @@ class Answer:
     seconds: float = 0.0
     validation: Score = Score()
     test: Score = Score()
+    moments: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
 

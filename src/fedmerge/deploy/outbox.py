@@ -14,6 +14,7 @@ from fedmerge.core.replies import Template, template_of
 from fedmerge.data import Examples
 from fedmerge.data.encoding import Kind
 from fedmerge.data.form import TOKENS
+from fedmerge.deploy.messages import Letter, Order, text_of
 from fedmerge.deploy.schema import DataSchema
 from fedmerge.deploy.trees import form_of
 from fedmerge.experiment.simulation import Setup
@@ -99,3 +100,8 @@ def _made_up(schema: DataSchema, dtype: torch.dtype) -> Examples:
         inputs = torch.linspace(-1, 1, torch.Size(shape).numel()).reshape(shape).to(dtype)
     targets = torch.arange(_EXAMPLES) % schema.num_classes
     return Examples(inputs, targets if kind == "classes" else torch.zeros(shape, dtype=torch.int64))
+
+
+def lettered(order: Order, tree: Any) -> Letter:
+    """An order with the tensors of the tree that goes with it."""
+    return Letter(text_of(order), {str(k): leaf for k, leaf in enumerate(tree_leaves(tree))})

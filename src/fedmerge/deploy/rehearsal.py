@@ -7,8 +7,9 @@ from pathlib import Path
 
 from fedmerge.data import FederatedData
 from fedmerge.deploy.federation import FederationConfig
+from fedmerge.deploy.moments import moments, pooled
 from fedmerge.deploy.site import read_site
-from fedmerge.deploy.site_data import site_client
+from fedmerge.deploy.site_data import raw_client, site_client
 from fedmerge.experiment.execute import Outcome, Watcher, execute
 from fedmerge.experiment.federation import encoder_of
 
@@ -43,7 +44,10 @@ def rehearse(federation: FederationConfig, folder: Path | None = None, *, watch:
 def gathered(federation: FederationConfig) -> FederatedData:
     """The examples of all sites, as each would load them itself."""
     terms = federation.terms
-    encoder = encoder_of(terms.model)
+    seed, schema, encoder = terms.options.seed, terms.schema, encoder_of(terms.model)
     sites = [read_site(federation.folder / "sites" / name) for name in federation.names]
-    clients = [site_client(site, terms.schema, seed=terms.options.seed, encoder=encoder) for site in sites]
-    return replace(terms.schema.without_examples(federation.names), clients=tuple(clients))
+    if schema.needs_moments:
+        raw = [raw_client(site, schema, seed=seed, encoder=encoder) for site in sites]
+        schema = schema.with_scale(*pooled([moments(client) for client in raw]))
+    clients = [site_client(site, schema, seed=seed, encoder=encoder) for site in sites]
+    return replace(schema.without_examples(federation.names), clients=tuple(clients))

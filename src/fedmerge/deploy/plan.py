@@ -1,0 +1,70 @@
+"""What stays the same during a deployed run, made from the federation's folder without any site."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, replace
+
+import torch
+
+from fedmerge.core.keeping import travelling
+from fedmerge.deploy.federation import FederationConfig
+from fedmerge.deploy.outbox import Templates
+from fedmerge.experiment.choice import Choice
+from fedmerge.experiment.federation import drawer
+from fedmerge.experiment.privacy_check import privacy_of
+from fedmerge.experiment.simulation import (
+    Progress,
+    Setup,
+    setup_without_examples,
+)
+from fedmerge.runtime import Fleet
+
+NOTHING_KEPT = torch.empty(0)
+"""What the server keeps for a site: nothing."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that stays the same during a run.
+
+    Attributes:
+        federation: Its folder, read.
+        setup: Method, network and options.
+        templates: Of updates.
+        start: Before the first round.
+        digest: Of who takes part with which form of data.
+    """
+
+    federation: FederationConfig
+    setup: Setup
+    templates: Templates
+    start: Progress
+    digest: str
+
+
+def plan_of(federation: FederationConfig) -> Plan:
+    """Network, method and first state of a federation, without any site.
+
+    Raises:
+        UsageError: if the method and the network do not fit each other, or a private run's conditions do not hold.
+    """
+    terms = federation.terms
+    schema, options = terms.schema, terms.options
+    data = replace(
+        schema.without_examples(federation.names),
+        source=f"{federation.deploy.name}, {len(federation.names)} sites",
+    )
+    choice = Choice("sequential", why="every site computes for itself")
+    setup = setup_without_examples(terms.method, terms.model, terms.training, options, data, choice)
+    travels = travelling(setup.layout, options.keep)
+    setup = replace(setup, privacy=privacy_of(terms.method, setup.played, travels, options, len(data.clients)))
+    state = setup.played.init(
+        drawer(terms.model, data, options.seed, setup.layout, options.dtype), setup.facts, options.seed
+    )
+    N = len(data.clients)
+    fleet = Fleet(((),) * N, (NOTHING_KEPT,) * N, options.buffers, setup.layout.num_trainable)  # sites keep theirs
+    identity = json.dumps([federation.names, terms.plain()["data"]], sort_keys=True)
+    digest = hashlib.sha256(identity.encode()).hexdigest()
+    return Plan(federation, setup, Templates(setup, schema), Progress(state, fleet, 0), digest)
