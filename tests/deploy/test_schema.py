@@ -229,6 +229,14 @@ def test_the_form_of_a_simulated_federation_makes_a_schema(tmp_path, standardise
     assert (schema.mean is None) != standardise
 
 
+def test_one_feature_alone_has_a_scale_of_one_number(tmp_path):
+    (tmp_path / "a.csv").write_text("x,label\n" + "".join(f"{i},{i % 2}\n" for i in range(20)))
+    data = from_folder(tmp_path, standardise=True)
+    schema = written_and_read(schema_of_form(data.form, class_names=data.class_names))
+    assert schema.form.plain() == data.form.plain()
+    assert schema.form.mean.shape == (1,)
+
+
 def test_images_of_a_simulated_federation_too():
     pixels = np.arange(40 * 9, dtype=np.int64).reshape(40, 1, 3, 3).astype(np.uint8)
     data = from_arrays({"a": (pixels, np.arange(40) % 2)})

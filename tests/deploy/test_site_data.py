@@ -158,6 +158,17 @@ def test_a_folder_with_a_file_per_split_and_a_seed_that_does_not_matter_then(tmp
     assert one.train.targets.tolist() == [1, 0] * 5
 
 
+def test_the_cut_is_the_name_s_and_the_seed_s(tmp_path):
+    np.savez(tmp_path / "a.npz", x=np.arange(40.0).reshape(20, 2), y=[0, 1] * 10)
+
+    def test_rows(name, seed):
+        return site_client(site_at(name, path=str(tmp_path / "a.npz")), SCHEMA, seed=seed).test.inputs.tolist()
+
+    assert test_rows("a", 0) == test_rows("a", 0)
+    assert test_rows("a", 0) != test_rows("b", 0)
+    assert test_rows("a", 0) != test_rows("a", 1)
+
+
 # --- numbers as names ---
 
 
@@ -462,6 +473,14 @@ def test_without_splits_all_rows_are_cut_as_those_of_a_file(tmp_path, datasets):
     )
     site = site_at(huggingface=path, input_column="x", label_column="label")
     assert_same_client(site_client(site, SCHEMA, seed=3), site_client(at_path(tmp_path / "a.csv"), SCHEMA, seed=3))
+
+
+def test_train_rows_alone_are_drawn_from_a_large_data_set(tmp_path, datasets):
+    rows = {"x": [[float(i), 0.0] for i in range(9)], "label": [0, 1, 0] * 3}
+    path = saved(datasets, tmp_path, train=rows, test=rows)
+    site = site_at(huggingface=path, splits=("train",), test_splits=("test",), input_column="x", max_items=5)
+    client = site_client(site, DataSchema(("dog", "cat"), (2,), validation=0), seed=0)
+    assert (len(client.train.targets), len(client.test.targets)) == (5, 9)
 
 
 def test_texts_of_a_data_set_have_their_answers(tmp_path, datasets):

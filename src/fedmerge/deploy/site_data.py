@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from fedmerge.data.partition import SPLITS, Split
 from fedmerge.data.readers import Tables
 from fedmerge.data.sides import side_shares
 from fedmerge.data.table import Table
+from fedmerge.deploy.reach import Finding
 from fedmerge.deploy.schema import DataSchema
 
 if TYPE_CHECKING:
@@ -244,20 +245,6 @@ def by_name(table: Table, names: tuple[str, ...]) -> Table:
 
 
 # --- before the first round ---
-
-
-class Finding(NamedTuple):
-    """One thing that was looked at.
-
-    Attributes:
-        name: What.
-        ok: Whether the site can take part as it is.
-        detail: What was found, and what to do about it.
-    """
-
-    name: str
-    ok: bool
-    detail: str
 
 
 FAR = 10.0
