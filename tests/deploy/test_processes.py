@@ -386,6 +386,27 @@ def test_flowers_own_words_are_in_the_message(federation, tmp_path, monkeypatch)
         register_sites(federation)
 
 
+BOXED = """
+import json, sys
+if sys.argv[1] == "list":
+    print(json.dumps({"success": True, "runs": []}))
+else:
+    print("╭─ Error ───╮\\n│ no such   │\\n│ module    │\\n╰───────────╯", file=sys.stderr)
+    sys.exit(1)
+"""
+
+
+def test_a_run_that_cannot_be_started_says_why(federation, tmp_path, monkeypatch):
+    command = tmp_path / "flwr"
+    command.write_text(f"#!{sys.executable}\n{BOXED}", encoding="utf-8")
+    command.chmod(0o755)
+    monkeypatch.setattr(commands, "program", lambda name: str(command))
+    lines = []
+    with pytest.raises(commands.FlowerCommandError, match="flwr run failed: Error no such module"):
+        commands.submit(federation, tell=lines.append)
+    assert len(lines) == 4
+
+
 def test_only_a_completed_run_has_status_0():
     statuses = ["finished:completed", "finished:failed", "finished:stopped", "running", "pending"]
     assert [RunEnd("1", status).exit_status for status in statuses] == [0, 1, 1, 1, 1]

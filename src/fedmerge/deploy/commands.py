@@ -136,6 +136,11 @@ class RunEnd:
         return 0 if self.status == "finished:completed" else 1
 
 
+_FRAME = " \t\n╭╮╰╯│─"
+"""What is drawn around Flower's own messages."""
+_LINES_KEPT = 20
+
+
 def submit(folder: Path | str, *, tell: Callable[[str], None] = lambda _: None) -> RunEnd:
     """Starts the federation's run on the SuperLink, which must be running, and follows it to its end.
 
@@ -187,10 +192,10 @@ def stop_run(folder: Path | str, run: str) -> None:
 
 def _follow(roster: Roster, words: tuple[str, ...], tell: Callable[[str], None]) -> str:
     """Passes on what a command says until it ends; gives the number of the run that it started, empty if none."""
-    said, run = "", ""
+    said, run = list[str](), ""
     with subprocess.Popen(
         [program("flwr"), *words],
-        env={**environment(roster.folder / FLOWER_HOME), "PYTHONUNBUFFERED": "1"},
+        env={**environment(roster.folder / FLOWER_HOME), "PYTHONUNBUFFERED": "1", "COLUMNS": "200"},
         cwd=roster.folder,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -202,14 +207,14 @@ def _follow(roster: Roster, words: tuple[str, ...], tell: Callable[[str], None])
     ) as process:
         try:
             for line in process.stdout or ():
-                said = line.strip() or said
+                said = [*said[-_LINES_KEPT:], line.strip(_FRAME)]
                 run = run or (found[1] if (found := _STARTED.search(line)) else "")
                 tell(printable(line.rstrip("\n")))
         except BaseException:
             process.terminate()
             raise
     if words[0] == "run" and not run:
-        raise FlowerCommandError(f"flwr run failed: {shortened(said, 500)}")
+        raise FlowerCommandError(f"flwr run failed: {shortened(' '.join(filter(None, said)), 1000)}")
     return run
 
 
