@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +156,7 @@ def test_methods_whose_clients_do_more_than_train_are_refused() -> None:
     for method in refused:
         with pytest.raises(UsageError, match=rf"method '{method}'.*fedmerge deploy"):
             strategy_of(method)
-    with pytest.raises(UsageError, match="dp-fedmerge.*fedmerge deploy"):
+    with pytest.raises(UsageError, match=r"dp-fedmerge.*fedmerge deploy"):
         strategy_of("dp-fedmerge")
     for method in ("fedavg", "fedavgm", "fedadam", "fedyogi", "fedprox", "cfl", "flhc", {"name": "one-shot"}):
         strategy_of(method if isinstance(method, str) else {**method, "num_models": 2})
@@ -372,3 +374,27 @@ def test_wrong_numbers_are_one_message() -> None:
         strategy_of(model=3)
     with pytest.raises(UsageError, match="not known; known: none"):
         strategy_of().arrays_of("x")
+
+
+def example_app() -> Any:
+    path = Path(__file__).parents[2] / "examples" / "flower_strategy.py"
+    spec = importlib.util.spec_from_file_location("flower_strategy", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_example_beats_one_model_for_all(capsys: pytest.CaptureFixture[str]) -> None:
+    app, means = example_app(), {}
+    for method in ("fedavg", "fedmerge"):
+        configs = {100 + i: {"partition-id": i, "num-partitions": 10} for i in range(10)}
+        grid = HereGrid(app.client, configs)
+        context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={"rounds": 12})
+        app.FedMergeStrategy = partial(lambda _, method, **rest: FedMergeStrategy(method, **rest), method=method)
+        app.server(grid, context)
+        said = capsys.readouterr().out
+        assert said.count("accuracy") == 10
+        means[method] = np.mean([float(line.split()[-2]) for line in said.splitlines()])
+    assert means["fedmerge"] > means["fedavg"] + 20, means
