@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -96,7 +97,8 @@ class FederationConfig:
     Attributes:
         folder: On the server.
         deploy: Addresses and patience.
-        sites: Public key by name, in the order of their names: a site's place is its index as a client.
+        sites: Public key by name, in the order of their names: a site's place is its index as a client. The place of a
+            site that was forgotten stays where it was, see `is_tombstone`.
         terms: What is trained.
     """
 
@@ -109,6 +111,11 @@ class FederationConfig:
     def names(self) -> tuple[str, ...]:
         """[N] of the sites, in client order."""
         return tuple(self.sites)
+
+    @property
+    def living(self) -> tuple[str, ...]:
+        """Names of the sites that may take part: those that were not forgotten, in client order."""
+        return tuple(name for name in self.sites if not is_tombstone(name))
 
     @property
     def run_folder(self) -> Path:
@@ -137,10 +144,11 @@ def read_federation(folder: Path | str) -> FederationConfig:
         faults += [
             f"sites.{name}: no public key; make one with `fedmerge deploy key`"
             for name, key in sites.items()
-            if not key
+            if not key and not is_tombstone(name)
         ]
-    if deploy.start_with > len(sites):
-        faults.append(f"deploy.start_with: got {deploy.start_with}; there are {len(sites)} sites")
+    living = sum(not is_tombstone(name) for name in sites)
+    if deploy.start_with > living:
+        faults.append(f"deploy.start_with: got {deploy.start_with}; there are {living} sites")
     if faults:
         raise UsageError(f"{path}:\n{together(faults)}")
     return FederationConfig(folder, deploy, sites, terms)
@@ -230,7 +238,53 @@ def _sites_of(table: Mapping[str, Any], faults: list[str]) -> dict[str, str]:
             faults.append(f"sites: got the name {brief(name)}; expected {SITE_NAME}")
         if not isinstance(key, str):
             faults.append(f"sites.{name}: got {brief(key)}; expected a public key as a text")
-    return {name: str(table[name]) for name in sorted(table)}
+    faults += _tombstone_faults(table)
+    if table and all(map(is_tombstone, table)):
+        faults.append("sites: all of them were forgotten; expected one at least that takes part")
+    return {name: str(table[name]) for name in in_client_order(table)}
+
+
+def _tombstone_faults(table: Mapping[str, Any]) -> list[str]:
+    faults = []
+    for name in filter(is_tombstone, table):
+        if table[name]:
+            faults.append(f"sites.{name}: got a key for the place of a forgotten site; expected an empty text")
+        if _place_of(name) >= len(table):
+            faults.append(f"sites.{name}: there are {len(table)} places, from 0; put the other sites back")
+    return faults
+
+
+def in_client_order(names: Collection[str]) -> list[str]:
+    """Sites in the order of their names, with the place of each forgotten one where it was.
+
+    >>> in_client_order(["b", "forgotten-0", "c"]), in_client_order(["c", "a", "b"])
+    (['forgotten-0', 'b', 'c'], ['a', 'b', 'c'])
+    """
+    ordered = sorted(name for name in names if not is_tombstone(name))
+    for name in sorted(filter(is_tombstone, names), key=_place_of):
+        ordered.insert(_place_of(name), name)
+    return ordered
+
+
+_TOMBSTONE = re.compile(r"forgotten-(0|[1-9][0-9]{0,8})")
+
+
+def is_tombstone(name: str) -> bool:
+    """Whether a name stands for the place of a site that was forgotten: it has no key and is never asked.
+
+    >>> is_tombstone("forgotten-3"), is_tombstone("forgotten"), is_tombstone("clinic-a")
+    (True, False, False)
+    """
+    return _TOMBSTONE.fullmatch(name) is not None
+
+
+def tombstone(place: int) -> str:
+    """What the place of a forgotten site is called; the place is its index as a client, from 0."""
+    return f"forgotten-{place}"
+
+
+def _place_of(name: str) -> int:
+    return int(name.rpartition("-")[2])
 
 
 SITE_NAME = f"1 to {MOST_SITE_NAME} printable characters without slashes, colons, quotes or spaces, no dot first"

@@ -11,9 +11,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -253,14 +255,16 @@ def write_model_folder(place: Path, client: Client, note: ModelNote) -> None:
 
 
 @contextmanager
-def replacing(place: Path) -> Iterator[Path]:
+def replacing(place: Path, *, private: bool = True) -> Iterator[Path]:
     """A new folder to write into, which takes the place of an earlier one when the block ends without a fault.
 
-    Whatever dies when, the old folder or the new one is there as a whole, for a moment under a name of its own: who
-    reads it calls `put_back` first. All its files are the owner's alone. One process at a time may do this.
+    Where the system can exchange two folders in one step (Linux), whoever reads sees the old one or the new one at any
+    moment. Elsewhere a process that is killed can leave the old one under a name of its own: who reads calls
+    `put_back` first. One process at a time may do this.
 
     Args:
         place: The folder.
+        private: Whether all files are the owner's alone.
     """
     new, old = _beside(place, _NEW), _beside(place, _OLD)
     put_back(place)
@@ -270,15 +274,17 @@ def replacing(place: Path) -> Iterator[Path]:
     new.chmod(0o700)  # a umask may have taken the owner's rights
     try:
         yield new
-        _close_and_sync(new)
+        _sync(new, private=private)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
-    if place.exists():
+    if place.exists() and not _exchanged(new, place):
         place.rename(old)
-    new.rename(place)
+    if not place.exists():
+        new.rename(place)
     sync_folder(place.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    for rest in (new, old):
+        shutil.rmtree(rest, ignore_errors=True)
 
 
 def put_back(place: Path) -> None:
@@ -296,14 +302,27 @@ def put_back(place: Path) -> None:
         old.rename(place)
 
 
+_HERE, _EXCHANGE = -100, 2
+"""Of the system call: paths start from the current folder; both names change places."""
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Lets two folders change places in one step; False where the system or the disk cannot."""
+    if sys.platform != "linux":
+        return False
+    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    return call is not None and call(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE) == 0
+
+
 def _beside(place: Path, ending: str) -> Path:
     return place.with_name(f".{place.name}{ending}")
 
 
-def _close_and_sync(folder: Path) -> None:
-    """Gives every file to its owner alone, and brings all of them to the disk."""
+def _sync(folder: Path, *, private: bool) -> None:
+    """Brings every file to the disk, and gives it to its owner alone."""
     for path in [folder, *folder.rglob("*")]:
-        path.chmod(0o700 if path.is_dir() else PRIVATE)
+        if private:
+            path.chmod(0o700 if path.is_dir() else PRIVATE)
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
