@@ -18,8 +18,9 @@ run: $(VENV)/run.ready  ## compare FedMerge with FedAvg, Local and FeSEM on Fash
 		$(BIN)/fedmerge compare $(METHODS) source=digits rounds=60 evaluate_every=5 --seeds 0-4 --jobs $(JOBS); \
 	fi
 
-test: $(VENV)/test.ready  ## all tests, with branch coverage of the mathematics
-	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered
+# `worksteal`: neighbours stay together, as fixtures and compiled graphs want it, until a process has nothing left.
+test: $(VENV)/test.ready  ## all tests on JOBS processes, with branch coverage of the mathematics
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --maxprocesses 8 --dist worksteal --cov --cov-report=term:skip-covered
 	$(BIN)/python -m coverage report --include='src/fedmerge/core/*,src/fedmerge/algorithms/*' --fail-under=95
 
 bench: $(VENV)/run.ready  ## every method on three small settings, a page of results in bench-short/

@@ -1,6 +1,9 @@
-"""Shape and type checks of every annotated function of the numerical rooms are on in all tests."""
+"""For all tests: shapes and types are checked in the numerical rooms, and no verdict depends on a machine's speed."""
+
+import signal
 
 import torch
+from hypothesis import HealthCheck, settings
 from jaxtyping import install_import_hook
 
 install_import_hook(
@@ -8,3 +11,6 @@ install_import_hook(
     "typechecking.check",
 )
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background jobs ignore it and pass that on
+settings.register_profile("any speed", parent=settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any speed")

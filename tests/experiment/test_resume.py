@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,15 @@ from fedmerge.experiment.simulation import prepare, rounds
 from fedmerge.training import LocalTraining
 
 CNN = {"name": "cnn", "channels": [4], "norm": "batch"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_forecast_for_equal_runs() -> Iterator[None]:
+    """Epsilon takes seconds, and a run that goes on asks for that of the same run again."""
+    forecasts = importlib.import_module("fedmerge.privacy.forecast")  # the name is that of a function too
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(forecasts, "epsilon", cache(forecasts.epsilon))
+        yield
 
 
 @pytest.fixture(scope="module")
