@@ -12,6 +12,7 @@ from fedmerge.algorithms import ALGORITHMS
 from fedmerge.cli.bench import bench
 from fedmerge.cli.catalogue import OPTION_GROUPS, REGISTRIES, help_text, list_entries
 from fedmerge.cli.data import data, report
+from fedmerge.cli.deploy import add_deploy_arguments
 from fedmerge.cli.explain import explain_run
 from fedmerge.cli.export import add_export_arguments
 from fedmerge.cli.onboard import add_onboard_arguments
@@ -41,6 +42,7 @@ _COMMANDS = {
     "bench": "every method on every setting under one protocol, resumable, with a page of results",
     "explain": "which clients share models, and what each model is for",
     "privacy": "what clients could read of each other off their own models",
+    "deploy": "a federation across machines, on Flower: set up, check, run, look after",
 }
 
 
@@ -62,6 +64,7 @@ def parser_of(words: Sequence[str]) -> Parser:
             "bench": _bench_parser,
             "explain": _explain_parser,
             "privacy": add_privacy_arguments,
+            "deploy": partial(add_deploy_arguments, words=words),
         }
         builders[command](parser)
         return parser

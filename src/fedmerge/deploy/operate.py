@@ -1,0 +1,184 @@
+"""Keeping a federation going: parts are started, watched and restarted, and the run is submitted until it is done."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from fedmerge.core.errors import FedmergeError, UsageError
+from fedmerge.deploy import processes
+from fedmerge.deploy.address import free_port
+from fedmerge.deploy.blueprint import FLOWER_HOME, SITE_FILE
+from fedmerge.deploy.commands import FlowerCommandError, open_run, register_sites, stop_run, submit
+from fedmerge.deploy.deployment import read_deployment
+from fedmerge.deploy.federation import FederationConfig, read_federation
+from fedmerge.deploy.roster import read_roster
+from fedmerge.experiment.record import RunRecord, read_run, read_run_alone
+
+Teller = Callable[[str], None]
+"""Is told what happens, a line at a time."""
+_FEWEST_SECONDS = 5.0
+_MOST_TRIES = 5
+"""Times in a row that a run may end without having come a round further."""
+_START_SECONDS = 60.0
+LOGS = "logs"
+
+
+def start_server(folder: Path | str, tell: Teller) -> None:
+    """Runs the SuperLink of a federation until this process is told to end; it is started again whenever it ends.
+
+    Raises:
+        UsageError: if it runs already, or the folder or its certificates cannot be used.
+    """
+    roster = read_roster(folder)
+    command = processes.superlink_command(roster.folder)
+    with processes.Processes(roster.folder / LOGS) as running, processes.stop_signals() as stop:
+        home = processes.environment(roster.folder / FLOWER_HOME)
+        running.start("superlink", command, env=home, cwd=roster.folder, log=roster.folder / LOGS / "superlink.log")
+        tell(f"the SuperLink of {roster.deploy.name} listens at {roster.link}; what it says: {LOGS}/superlink.log")
+        running.watch(stop.is_set, tell=tell)
+
+
+def start_site(folder: Path | str, tell: Teller) -> None:
+    """Runs the SuperNode of a site until this process is told to end; it is started again whenever it ends.
+
+    Raises:
+        UsageError: if it runs already, or the folder lacks a file.
+    """
+    place = Path(folder).absolute()
+    with processes.Processes(place / LOGS) as running, processes.stop_signals() as stop:
+        _start_node(running, place)
+        tell(f"site {place.name} is looking for its server; what it says: {place / LOGS / 'supernode.log'}")
+        running.watch(stop.is_set, tell=tell)
+
+
+def _start_node(running: processes.Processes, place: Path, name: str = "supernode") -> None:
+    command = processes.supernode_command(place, free_port())
+    home = processes.environment(place / FLOWER_HOME)
+    running.start(name, command, env=home, cwd=place, log=place / LOGS / "supernode.log")
+
+
+def run_until_done(folder: Path | str, tell: Teller, *, sleep: Callable[[float], None] = time.sleep) -> RunRecord:
+    """Runs a federation to its last round, however often a part of it dies on the way.
+
+    A run goes on from its checkpoint, so that it is submitted again when it ended without having said why. What would
+    only end again is told instead.
+
+    Args:
+        folder: The federation's; its SuperLink runs or will.
+        tell: Is told what happens.
+        sleep: Waits.
+
+    Raises:
+        FedmergeError: if the run stopped for a reason that somebody must mend, or ends again and again.
+    """
+    federation = read_federation(folder)
+    tries, reached = 0, -1
+    while not is_done(federation):
+        if tries:
+            wait = min(60.0, _FEWEST_SECONDS * 2.0 ** (tries - 1))
+            tell(f"the run ended before its last round; it goes on from there in {wait:.0f} s")
+            sleep(wait)
+        why = _submitted(federation, tell)
+        stopped = _stopped(federation)
+        if stopped:
+            raise FedmergeError(stopped)
+        now = _reached(federation)
+        tries, reached = (tries + 1, reached) if now <= reached else (1, now)
+        if tries > _MOST_TRIES and not is_done(federation):
+            raise FedmergeError(
+                f"the run ended {_MOST_TRIES} times without coming further than round {max(now, 0)}: {why}; look into "
+                f"{federation.folder / LOGS}"
+            )
+    return read_run(federation.run_folder)
+
+
+def is_done(federation: FederationConfig) -> bool:
+    """Whether the rounds are done and every site has its model."""
+    deployment = read_deployment(federation.run_folder)
+    if deployment is None or not (federation.run_folder / "run.json").is_file():
+        return False
+    record = read_run_alone(federation.run_folder)
+    return record.status == "finished" and set(federation.names) <= set(deployment.delivered)
+
+
+def _submitted(federation: FederationConfig, tell: Teller) -> str:
+    """Submits the run and follows it; what Flower said of its end."""
+    if not processes.wait_for_superlink(federation.folder, _START_SECONDS):
+        return f"no SuperLink answers at {read_roster(federation.folder).link}; start it with `fedmerge deploy start server`"
+    try:
+        if not federation.deploy.insecure:
+            register_sites(federation.folder)
+        end = submit(federation.folder, tell=tell)
+    except FlowerCommandError as error:
+        return str(error)
+    return end.details or end.status
+
+
+def _stopped(federation: FederationConfig) -> str:
+    """Why the run stopped, if somebody must mend something."""
+    deployment = read_deployment(federation.run_folder)
+    return "" if deployment is None else deployment.stopped
+
+
+def _reached(federation: FederationConfig) -> int:
+    """Rounds done; one more for each site that has its model at the end."""
+    path = federation.run_folder / "run.json"
+    deployment = read_deployment(federation.run_folder)
+    if deployment is None or not path.is_file():
+        return -1
+    return len(read_run(federation.run_folder).rounds) + len(deployment.delivered)
+
+
+def run_here(folder: Path | str, tell: Teller) -> RunRecord:
+    """All parts of a federation on this machine, until its rounds are done: SuperLink, every site, and the run.
+
+    Raises:
+        UsageError: if a part runs already or a site's folder is not here.
+        FedmergeError: as `run_until_done`.
+    """
+    federation = read_federation(folder)
+    place = federation.folder.absolute()
+    away = [name for name in federation.names if not (place / "sites" / name / SITE_FILE).is_file()]
+    if away:
+        raise UsageError(f"{place}/sites has no folder of {', '.join(away)}; start such sites on their own machines")
+    with processes.Processes(place / LOGS) as running:
+        env = processes.environment(place / FLOWER_HOME)
+        running.start(
+            "superlink", processes.superlink_command(place), env=env, cwd=place, log=place / LOGS / "superlink.log"
+        )
+        if not processes.wait_for_superlink(place, _START_SECONDS, alive=lambda: running.alive("superlink")):
+            raise FedmergeError(f"the SuperLink does not start; it says why in {place / LOGS / 'superlink.log'}")
+        if not federation.deploy.insecure:
+            register_sites(place)
+        for name in federation.names:
+            _start_node(running, place / "sites" / name, f"supernode-{name}")
+        tell(f"SuperLink and {len(federation.names)} sites are running")
+        return _followed(running, place, tell)
+
+
+def _followed(running: processes.Processes, folder: Path, tell: Teller) -> RunRecord:
+    """The run, in a thread of its own, while all parts are kept alive."""
+    found: list[RunRecord] = []
+    failed: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            found.append(run_until_done(folder, tell))
+        except BaseException as error:  # raised again in the main thread
+            failed.append(error)
+
+    thread = threading.Thread(target=work, name="fedmerge-run", daemon=True)
+    thread.start()
+    try:
+        running.watch(lambda: not thread.is_alive(), tell=tell)
+    except KeyboardInterrupt:
+        run = open_run(folder)
+        if run is not None:
+            stop_run(folder, run)
+        raise
+    if failed:
+        raise failed[0]
+    return found[0]
