@@ -41,8 +41,11 @@ QUIET = {
 """Nothing is told to anybody, looked up or installed, and threads do not fight for cores."""
 
 _MOST_LOG_BYTES = 32 * 2**20
-_MOST_WAIT = 60.0
-"""Seconds before something that keeps ending is started again; a process that lived that long has a clean slate."""
+_MOST_WAIT = 15.0
+"""Seconds before something that keeps ending is started again. Flower refuses a key for up to a minute after its
+SuperNode was killed, and every further second of waiting is lost."""
+_CLEAN_SLATE = 60.0
+"""Seconds after which what ends has not ended too soon."""
 
 
 def environment(home: Path, base: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -258,7 +261,7 @@ class Processes:
                 _bound(child.log)
             if child.process is not None and child.process.poll() is not None and child.always:
                 lived, code = now - child.began, child.process.returncode
-                child.failures = 0 if lived >= _MOST_WAIT else child.failures + 1
+                child.failures = 0 if lived >= _CLEAN_SLATE else child.failures + 1
                 wait = min(_MOST_WAIT, 2.0 ** max(0, child.failures - 1))
                 marks.end([marks.Program(child.process.pid, child.mark)], grace=0.0)
                 child.process, child.due = None, now + wait
