@@ -10,18 +10,18 @@ from __future__ import annotations
 from typing import Any, TextIO
 
 from flower_client import client_app
-from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord, RecordDict  # type: ignore[import-not-found]
-from flwr.serverapp import Grid, ServerApp  # type: ignore[import-not-found]
-from flwr.serverapp.strategy import FedAvg  # type: ignore[import-not-found]
-from flwr.simulation import run_simulation  # type: ignore[import-not-found]
+from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord, RecordDict
+from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import FedAvg
+from flwr.simulation import run_simulation
 from talk import Peer, options, own_channel, serve
 from workloads import Workload, network
 
 
 def summed(contents: list[RecordDict], _: str) -> MetricRecord:
     """Sums over clients in place of averages."""
-    records = [content["metrics"] for content in contents]
-    return MetricRecord({name: float(sum(record[name] for record in records)) for name in records[0]})
+    records = [content.metric_records["metrics"] for content in contents]
+    return MetricRecord({name: sum(float(str(record[name])) for record in records) for name in records[0]})
 
 
 class Flower:
@@ -48,7 +48,7 @@ class Flower:
             train_config=ConfigRecord({"count": count}),
         )
         self.arrays = result.arrays
-        return {name: float(value) for name, value in result.train_metrics_clientapp[1].items()}
+        return {name: float(str(value)) for name, value in result.train_metrics_clientapp[1].items()}
 
     def counted(self) -> dict[str, Any]:
         """Steps that the clients counted."""
@@ -63,7 +63,7 @@ def server_app(workload: Workload, channel: TextIO) -> ServerApp:
     """Answers `rivals.py` from within the server."""
     app = ServerApp()
 
-    @app.main()  # type: ignore[untyped-decorator]
+    @app.main()
     def main(grid: Grid, context: Context) -> None:
         del context
         run = Flower(workload, grid)

@@ -12,8 +12,8 @@ from functools import cache
 from typing import Any
 
 import torch
-from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict  # type: ignore[import-not-found]
-from flwr.clientapp import ClientApp  # type: ignore[import-not-found]
+from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
 from talk import counting, marked_network
 from torch import nn
 from torch.nn import functional
@@ -31,11 +31,11 @@ def client_app(workload: Workload) -> ClientApp:
     """The usual PyTorch loop behind Flower's messages."""
     app = ClientApp()
 
-    @app.train()  # type: ignore[untyped-decorator]
+    @app.train()
     def train(message: Message, context: Context) -> Message:
         torch.set_num_threads(1)
         module, loader = _model(workload, message).train(), _loader(workload, context)
-        counted = message.content["config"]["count"]
+        counted = message.content.config_records["config"]["count"]
         with ExitStack() as stack:
             sizes = stack.enter_context(counting()) if counted else []
             began = time.process_time()
@@ -45,7 +45,7 @@ def client_app(workload: Workload) -> ClientApp:
         content = RecordDict({"arrays": ArrayRecord(module.state_dict()), "metrics": metrics})
         return Message(content=content, reply_to=message)
 
-    @app.evaluate()  # type: ignore[untyped-decorator]
+    @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
         torch.set_num_threads(1)
         module, (inputs, targets) = _model(workload, message).eval(), _kept(workload.name, _client(context))
@@ -71,7 +71,7 @@ def _descend(workload: Workload, module: nn.Module, loader: DataLoader[Any]) -> 
 
 def _model(workload: Workload, message: Message) -> nn.Module:
     module = marked_network(workload)
-    module.load_state_dict(message.content["arrays"].to_torch_state_dict())
+    module.load_state_dict(message.content.array_records["arrays"].to_torch_state_dict())
     return module
 
 

@@ -17,6 +17,7 @@ from fedmerge.core.errors import FedmergeError, UsageError, unknown_name
 from fedmerge.core.text import shortened
 from fedmerge.experiment.config import override
 
+Command = Callable[[argparse.Namespace], None]
 ACTIONS = {
     "init": "write the folder of a new federation: certificates, keys, a folder for each site, what starts it all",
     "add": "let one more site take part",
@@ -63,9 +64,7 @@ def _init(parser: argparse.ArgumentParser) -> None:
         "--address", metavar="HOST:PORT", default="127.0.0.1:9092", help="that sites connect to (default: %(default)s)"
     )
     parser.add_argument("--listen", metavar="HOST:PORT", default="", help="of the SuperLink itself, behind the proxy")
-    parser.add_argument(
-        "--host", action="append", default=[], help="further name or address of the server (repeatable)"
-    )
+    parser.add_argument("--host", action="append", default=[], help="another name of the server (repeatable)")
     parser.add_argument(
         "--like", metavar="FILE", help="a file or folder as every site has one: columns, classes, scale"
     )
@@ -82,9 +81,7 @@ def _init(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(command=init)
 
 
-def _folder(
-    parser: argparse.ArgumentParser, whose: str = "federation", command: Callable[..., None] | None = None
-) -> None:
+def _folder(parser: argparse.ArgumentParser, whose: str = "federation", command: Command | None = None) -> None:
     parser.add_argument("folder", metavar="FOLDER", help=f"of the {whose}")
     parser.set_defaults(command=command)
 
@@ -242,9 +239,8 @@ def check(options: argparse.Namespace) -> None:
 
     findings = check_site(options.folder, network=not options.offline)
     for found in findings:
-        out.print(
-            f"{'[green]ok  [/]' if found.ok else '[bold red]NO  [/]'} {escape(f'{found.name:14} {found.detail}')}"
-        )
+        mark = "[green]ok[/]  " if found.ok else "[bold red]NO[/]  "
+        out.print(mark + escape(f"{found.name:16} {found.detail}"))
     wrong = [found.name for found in findings if not found.ok]
     if wrong:
         raise FedmergeError(f"not ready: {', '.join(wrong)}")

@@ -6,7 +6,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from fedmerge.core.errors import FedmergeError, UsageError
+from fedmerge.core.errors import FedmergeError, UsageError, unknown_name
 from fedmerge.deploy import identity
 from fedmerge.deploy.client import answer_to
 from fedmerge.deploy.federation import FILE, FederationConfig, read_federation
@@ -53,9 +53,7 @@ def _key(site: SiteConfig, federation: FederationConfig) -> Finding:
     """Whether the site's key is the one that the federation knows."""
     registered = federation.sites.get(site.name)
     if registered is None:
-        return Finding(
-            "key", False, f"{site.name!r} is no site of this federation; known: {', '.join(federation.sites)}"
-        )
+        return Finding("key", False, unknown_name("site", site.name, federation.sites))
     if federation.deploy.insecure:
         return Finding("key", True, "none is needed: the federation is insecure")
     try:

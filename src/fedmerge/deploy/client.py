@@ -98,8 +98,9 @@ def answer_to(letter: Letter, config: SiteConfig) -> Letter:
         raise FedmergeError(f"the server's message is for site {order.site!r}; this is {config.name!r}")
     terms = agreed_terms(order.terms, config)
     with one_thread(), site_held(config.state_folder, WAIT):
+        tensors: Mapping[str, Tensor] = {}
         if order.kind == "hello":
-            answer, tensors = _introduction(order, config, terms), {}
+            answer = _introduction(order, config, terms)
         else:
             answer, tensors = _work(order, ready_site(config, terms), letter.tensors)
     answer = replace(answer, seconds=time.perf_counter() - began, versions=versions())

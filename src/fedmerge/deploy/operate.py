@@ -107,14 +107,22 @@ def is_done(federation: FederationConfig) -> bool:
 def _submitted(federation: FederationConfig, tell: Teller) -> str:
     """Submits the run and follows it; what Flower said of its end."""
     if not processes.wait_for_superlink(federation.folder, _START_SECONDS):
-        return f"no SuperLink answers at {read_roster(federation.folder).link}; start it with `fedmerge deploy start server`"
+        link = read_roster(federation.folder).link
+        return f"no SuperLink answers at {link}; start it with `fedmerge deploy start server`"
     try:
         if not federation.deploy.insecure:
             register_sites(federation.folder)
-        end = submit(federation.folder, tell=tell)
+        end = submit(federation.folder, tell=lambda line: _pass_on(line, tell))
     except FlowerCommandError as error:
         return str(error)
     return end.details or end.status
+
+
+def _pass_on(line: str, tell: Teller) -> None:
+    """Tells what the server says of the run; Flower's own lines are in its logs."""
+    level, _, text = line.partition(": ")
+    if level in ("INFO", "WARNING", "ERROR") and text.strip():
+        tell(text if level == "INFO" else line)
 
 
 def _stopped(federation: FederationConfig) -> str:
@@ -146,11 +154,10 @@ def run_here(folder: Path | str, tell: Teller) -> RunRecord:
         raise UsageError(f"{place}/sites has no folder of {', '.join(away)}; start such sites on their own machines")
     with processes.Processes(place / LOGS) as running:
         env = processes.environment(place / FLOWER_HOME)
-        running.start(
-            "superlink", processes.superlink_command(place), env=env, cwd=place, log=place / LOGS / "superlink.log"
-        )
+        command, log = processes.superlink_command(place), place / LOGS / "superlink.log"
+        running.start("superlink", command, env=env, cwd=place, log=log)
         if not processes.wait_for_superlink(place, _START_SECONDS, alive=lambda: running.alive("superlink")):
-            raise FedmergeError(f"the SuperLink does not start; it says why in {place / LOGS / 'superlink.log'}")
+            raise FedmergeError(f"the SuperLink does not start; it says why in {log}")
         if not federation.deploy.insecure:
             register_sites(place)
         for name in federation.names:

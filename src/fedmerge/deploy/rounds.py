@@ -76,7 +76,7 @@ def next_round(office: Office) -> None:
 
 
 def _passes(setup: Setup, progress: Progress, passed: int, extra: str) -> int:
-    return round(passed * (1 + getattr(setup.played.cost(progress.state), extra)))
+    return round(passed * (1 + float(getattr(setup.played.cost(progress.state), extra))))
 
 
 def _turnout(office: Office, number: int) -> Turnout:

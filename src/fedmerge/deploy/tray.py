@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from fedmerge.core.errors import FedmergeError
 from fedmerge.core.protocol import tree_bytes
-from fedmerge.core.replies import Expected, Refusal, Reply, fault_of
+from fedmerge.core.replies import Expected, Reason, Refusal, Reply, fault_of
 from fedmerge.deploy.messages import Answer, Letter, Score, answer_from
 from fedmerge.deploy.status import Board
 from fedmerge.experiment.record import Scores
@@ -61,7 +61,7 @@ class Tray:
             return Refusal(client, "client", f"the answer came from {name!r}, client {client}; {said}")
         if answer.run != self.expected.run or answer.round != self.expected.round:
             wanted = f"expected round {self.expected.round} of run {self.expected.run}"
-            reason = "run" if answer.run != self.expected.run else "round"
+            reason: Reason = "run" if answer.run != self.expected.run else "round"
             return Refusal(client, reason, f"got round {answer.round} of run {answer.run}; {wanted}")
         self.reports[name] = answer
         self.scores[client] = (answer.validation, answer.test)
