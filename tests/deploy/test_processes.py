@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -148,6 +149,13 @@ def test_what_need_not_run_always_stays_ended(kept, tmp_path):
     until(lambda: not kept.alive("one"))
     assert kept.status("one") == 7
     assert kept.check() == []
+
+
+def test_what_a_program_writes_is_its_owners_alone(kept, tmp_path):
+    path = tmp_path / "written"
+    start(kept, "one", f"open({str(path)!r}, 'w').close(); print('x', flush=True)", tmp_path, always=False)
+    told(tmp_path / "one.log")
+    assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE((tmp_path / "one.log").stat().st_mode) == 0o600
 
 
 def test_two_of_one_name_do_not_run_at_a_time(kept, tmp_path):

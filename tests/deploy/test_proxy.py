@@ -1,6 +1,7 @@
 """A real SuperLink behind a real nginx: sites with registered keys get through, and nobody else gets anything."""
 
 import contextlib
+import json
 import os
 import shutil
 import socket
@@ -11,10 +12,11 @@ import time
 
 import pytest
 
+from fedmerge.core.errors import UsageError
 from fedmerge.deploy import marks
 from fedmerge.deploy.address import free_port
 from fedmerge.deploy.blueprint import CONNECTION, Blueprint, add_site, make_site_key, remove_site, write_blueprint
-from fedmerge.deploy.commands import register_sites, submit
+from fedmerge.deploy.commands import NODES, register_sites, submit
 from fedmerge.deploy.identity import public_key_bytes
 from fedmerge.deploy.processes import (
     Processes,
@@ -242,6 +244,17 @@ def test_a_site_that_left_is_registered_no_more(door):
     remove_site(door, "guest")
     assert len(register_sites(door).removed) == 1
     assert nodes(door)[key] == "unregistered"
+    book = door / "flower" / NODES
+    known = book.read_bytes()
+    add_site(door, "guest", (door / "removed" / "guest" / "node.pub").read_text())
+    try:
+        line = read_roster(door).sites["a"]
+        book.write_text(json.dumps({line: json.loads(known)[line]}))
+        with pytest.raises(UsageError, match=r"sites\.guest: .*Flower never takes a removed one again"):
+            register_sites(door)  # and Flower itself said so: nothing here knew of the key
+    finally:
+        remove_site(door, "guest")
+        book.write_bytes(known)
 
 
 def tiny_app(door, *, fails):

@@ -303,6 +303,7 @@ class Processes:
                 stdout=output,
                 stderr=None if output is None else subprocess.STDOUT,
                 start_new_session=True,
+                umask=0o077,  # databases and models are for their owner's eyes
             )
         finally:
             if output is not None:
