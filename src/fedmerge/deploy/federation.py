@@ -146,9 +146,8 @@ def read_federation(folder: Path | str) -> FederationConfig:
             for name, key in sites.items()
             if not key and not is_tombstone(name)
         ]
-    living = sum(not is_tombstone(name) for name in sites)
-    if deploy.start_with > living:
-        faults.append(f"deploy.start_with: got {deploy.start_with}; there are {living} sites")
+    if deploy.start_with > len(sites):
+        faults.append(f"deploy.start_with: got {deploy.start_with}; there are {len(sites)} sites")
     if faults:
         raise UsageError(f"{path}:\n{together(faults)}")
     return FederationConfig(folder, deploy, sites, terms)
