@@ -16,7 +16,7 @@ from fedmerge.core.errors import UsageError
 from fedmerge.deploy import marks
 from fedmerge.deploy.address import free_port
 from fedmerge.deploy.blueprint import CONNECTION, Blueprint, add_site, make_site_key, remove_site, write_blueprint
-from fedmerge.deploy.commands import NODES, register_sites, submit
+from fedmerge.deploy.commands import NODES, open_run, register_sites, submit
 from fedmerge.deploy.identity import public_key_bytes
 from fedmerge.deploy.processes import (
     Processes,
@@ -39,7 +39,7 @@ pytest.importorskip("flwr")
 pytest.importorskip("cryptography")
 
 APP = """
-import os
+import time
 from flwr.serverapp import ServerApp
 from flwr.clientapp import ClientApp
 
@@ -49,8 +49,6 @@ client = ClientApp()
 @server.main()
 def main(grid, context):
     print("nodes", len(list(grid.get_node_ids())), "of", context.run_config["folder"], flush=True)
-    if context.run_config["fails"]:
-        raise ValueError("as it was told")
 """
 
 
@@ -257,25 +255,36 @@ def test_a_site_that_left_is_registered_no_more(door):
         book.write_bytes(known)
 
 
-def tiny_app(door, *, fails):
-    """The app of the federation with another one's code."""
-    text = (door / "app" / "pyproject.toml").read_text()
+@contextlib.contextmanager
+def tiny_app(door, does):
+    """Gives the federation's app another one's code meanwhile."""
+    path, code = door / "app" / "pyproject.toml", door / "app" / "tiny.py"
+    before = text = path.read_text()
     for kind in ("server", "client"):
         text = text.replace(f"fedmerge.deploy.flower.{kind}_app:app", f"tiny:{kind}")
-    return text + f"fails = {str(fails).lower()}\n"
-
-
-@pytest.mark.parametrize(("fails", "ended"), [(False, "finished:completed"), (True, "finished:failed")])
-def test_a_run_is_followed_to_its_end(door, fails, ended):
-    path = door / "app" / "pyproject.toml"
-    before = path.read_text()
     try:
-        path.write_text(tiny_app(door, fails=fails))
-        (door / "app" / "tiny.py").write_text(APP)
-        lines = []
-        end = submit(door, tell=lines.append)
+        path.write_text(text)
+        code.write_text(f"{APP}    {does}\n")
+        yield
     finally:
         path.write_text(before)
-        (door / "app" / "tiny.py").unlink()
-    assert (end.status, end.exit_status) == (ended, int(fails)), lines
+        code.unlink()
+
+
+@pytest.mark.parametrize(("does", "ended"), [("pass", "finished:completed"), ("1 / 0", "finished:failed")])
+def test_a_run_is_followed_to_its_end(door, does, ended):
+    lines = []
+    with tiny_app(door, does):
+        end = submit(door, tell=lines.append)
+    assert (end.status, end.exit_status) == (ended, int(ended != "finished:completed")), lines
     assert any(line.endswith(f"of {door}") for line in lines), lines
+
+
+def test_a_run_that_is_interrupted_is_stopped(door):
+    def interrupt(line):
+        if line.endswith(f"of {door}"):
+            raise KeyboardInterrupt
+
+    with tiny_app(door, "time.sleep(600)"), pytest.raises(KeyboardInterrupt):
+        submit(door, tell=interrupt)
+    assert open_run(door) is None
