@@ -1,5 +1,6 @@
 """For all tests: shapes and types are checked in the numerical rooms, and no verdict depends on a machine's speed."""
 
+import os
 import signal
 
 import torch
@@ -12,5 +13,7 @@ install_import_hook(
 )
 torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background jobs ignore it and pass that on
+for size in ("COLUMNS", "LINES"):  # pytest's worker processes inherit them, and consoles keep what they say when made
+    os.environ.pop(size, None)
 settings.register_profile("any speed", parent=settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any speed")
