@@ -103,6 +103,8 @@ def judge(held: Float[Tensor, " m"], nearest: Neighbours | None, record: RunReco
     loss, error = float(held.mean()), _error(held)
     if len(known) < FEWEST_KNOWN:
         reason = f"the run has {len(known)} clients with validation samples to compare with"
+        if not record.client_names:
+            reason = "how the known clients do is not told"
         return Fit("not known", reason, loss, error, **where)  # type: ignore[arg-type]
     median, limit = float(np.median(known)), float(np.quantile(known, QUANTILE))
     share = float((known < loss).mean())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -43,6 +43,7 @@ class Server:
         text_column: Of the run's own tables, if they held texts.
         recipe: What makes the network, for as many classes as a new client has; None where only this module is there.
         kept: Ranges of the whole vector that a new client brings itself: its output layer, or nothing.
+        mean_row: [G, d] mean merging weights of the known clients, where their own are not told.
     """
 
     models: Float[Tensor, "d P"]
@@ -56,6 +57,7 @@ class Server:
     text_column: str | None = None
     recipe: Any = None
     kept: Ranges = ()
+    mean_row: Float[Tensor, "G d"] | None = None
 
     @property
     def num_classes(self) -> int:
@@ -171,11 +173,58 @@ def server_of_folder(folder: Path, model: Any = None) -> Server:
     _refuse_without_models(state, record)
     config = config_of(folder)
     serving = _serving_of(folder, config)
+    network = network_of(record, serving, folder, model)
+    own = config.source if config and isinstance(config.source, FolderOptions) else FolderOptions(path="")
+    refuse_damaged(state, record, path, network.size)
+    found = _server(state, network.module, network.layout, serving, record)
+    return replace(
+        found,
+        label_column=own.label_column,
+        text_column=own.text_column,
+        recipe=network.recipe,
+        kept=network.kept,
+    )
+
+
+class Network(NamedTuple):
+    """A run's network, made again.
+
+    Attributes:
+        module: With the weights of draw 0.
+        layout: Of the module.
+        recipe: What makes it; None where only this module is there.
+        kept: Ranges of the whole vector that a new client brings itself.
+    """
+
+    module: nn.Module
+    layout: Layout
+    recipe: Any
+    kept: Ranges
+
+    @property
+    def size(self) -> int:
+        """S, numbers of a server model."""
+        return self.layout.num_params - sum(stop - start for start, stop in self.kept)
+
+
+def network_of(record: RunRecord, serving: Serving, folder: Path, model: Any = None) -> Network:
+    """The network of a run folder, or of another folder with the run's ``models.safetensors``.
+
+    Args:
+        record: Of the run.
+        serving: Names the network.
+        folder: With its tensors.
+        model: The network again (recipe, module or function), where the folder does not name it.
+
+    Raises:
+        UsageError: if the network must be given and is not, or is another one.
+        FedmergeError: if the folder is damaged.
+    """
+    shapes = _shapes(serving.form, record)
     if model is None:
-        data = _shapes(serving.form, record)
-        refuse_larger(serving, data.input_shape, data.num_classes, record.num_params, folder)
+        refuse_larger(serving, shapes.input_shape, shapes.num_classes, record.num_params, folder)
     recipe = model if model is not None else recipe_of(serving, folder)
-    module = make_module(recipe, _shapes(serving.form, record), record.seed, dtype=serving.options.dtype)
+    module = make_module(recipe, shapes, record.seed, dtype=serving.options.dtype)
     refuse_other_draw(serving, module, folder)
     layout = layout_of(module, head=serving.options.head, frozen=serving.options.frozen)
     kept = _kept_head(serving, layout)
@@ -184,16 +233,7 @@ def server_of_folder(folder: Path, model: Any = None) -> Server:
             f"model: got a {type(module).__name__} of {layout.num_params} parameters; the run's network has "
             f"{record.num_params}. Give the network that the run was made with"
         )
-    own = config.source if config and isinstance(config.source, FolderOptions) else FolderOptions(path="")
-    _refuse_damaged(state, record, path, layout.num_params - sum(stop - start for start, stop in kept))
-    found = _server(state, module, layout, serving, record)
-    return replace(
-        found,
-        label_column=own.label_column,
-        text_column=own.text_column,
-        recipe=None if isinstance(recipe, nn.Module) else recipe,
-        kept=kept,
-    )
+    return Network(module, layout, None if isinstance(recipe, nn.Module) else recipe, kept)
 
 
 def _refuse_without_models(state: Mapping[str, Tensor], record: RunRecord) -> None:
@@ -221,7 +261,7 @@ def _kept_head(serving: Serving, layout: Layout) -> Ranges:
     return (layout.head,)
 
 
-def _refuse_damaged(state: Mapping[str, Tensor], record: RunRecord, path: Path, size: int) -> None:
+def refuse_damaged(state: Mapping[str, Tensor], record: RunRecord, path: Path, size: int) -> None:
     """Tensors that a whole file can hold and no run writes.
 
     Raises:

@@ -103,6 +103,8 @@ def fixed_rows(server: Server) -> dict[Way, Float[Tensor, "R G d"]]:
     if server.rows is not None:
         found["mean"] = server.rows.mean(dim=1)[None]
         found["nearest"] = spread_out(server.rows.transpose(0, 1))
+    elif server.mean_row is not None:
+        found["mean"] = server.mean_row[None]
     return found
 
 
