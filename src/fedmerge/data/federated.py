@@ -15,7 +15,7 @@ from torch import Tensor
 from fedmerge.core.errors import DataError
 from fedmerge.core.text import shortened
 from fedmerge.data.encoding import NO_TARGET, Kind
-from fedmerge.data.form import InputForm
+from fedmerge.data.form import TOKENS, InputForm
 from fedmerge.data.partition import Partition
 
 log = logging.getLogger(__name__)
@@ -187,6 +187,8 @@ def without_examples(
         kind: What is learned.
     """
     shape = (1,) if form is None else form.shape
-    nothing = Examples(torch.empty(0, *shape), torch.empty(0, dtype=torch.int64))
+    dtype = torch.int64 if form is not None and form.dtype == TOKENS else torch.float32
+    targets = torch.empty((0,) if kind == "classes" else (0, *shape), dtype=torch.int64)
+    nothing = Examples(torch.empty((0, *shape), dtype=dtype), targets)
     clients = tuple(ClientData(name, nothing, nothing, nothing) for name in names)
     return FederatedData(clients, class_names, form=form, kind=kind)

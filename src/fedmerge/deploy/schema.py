@@ -8,13 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from fedmerge.core.errors import DataError, UsageError
 from fedmerge.core.options import check_options, option
 from fedmerge.core.text import brief
 from fedmerge.data.encoding import Encoder, Kind
-from fedmerge.data.federated import ClientData, Examples, FederatedData
+from fedmerge.data.federated import FederatedData, without_examples
 from fedmerge.data.form import MOST_NUMBERS, TOKENS, InputForm, form_from_plain, input_form, token_form
 from fedmerge.data.sides import side_shares
 
@@ -90,17 +88,8 @@ class DataSchema:
         Raises:
             UsageError: while the scale is still to be found.
         """
-        tokens = self.dtype == TOKENS
-        inputs = torch.empty((0, *self.shape), dtype=torch.int64 if tokens else torch.float32)
-        targets = torch.empty((0,) if self.kind == "classes" else (0, *self.shape), dtype=torch.int64)
-        nothing = Examples(inputs, targets)
-        return FederatedData(
-            tuple(ClientData(name, nothing, nothing, nothing) for name in names),
-            self.class_names,
-            source=f"{len(names)} sites",
-            form=self.form,
-            kind=self.kind,
-        )
+        data = without_examples(names, self.class_names, self.form, self.kind)
+        return replace(data, source=f"{len(names)} sites")
 
     def with_scale(self, mean: Sequence[float], std: Sequence[float]) -> DataSchema:
         """The schema with a scale that was found, see `fedmerge.deploy.moments.pooled`."""
