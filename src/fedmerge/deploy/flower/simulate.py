@@ -18,9 +18,10 @@ import tempfile
 import threading
 import time
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +45,12 @@ Teller = Callable[[str], None]
 """Is told what happens, a line at a time."""
 FOLDER = "simulation"
 _PARTS = ("superlink", "run")
+_RAY, _RAY_PREFIX = "ray.txt", "fm-ray-"
 _START_SECONDS = 120.0
 _LOOK = 0.2
 _DEAD_WORKER = re.compile(r"ray\.exceptions\.(Actor|RayActor|Worker|OutOfMemory|NodeDied|RaySystem)\w*")
 _ALL_HERE = re.compile(r"(\d+) of \1 sites have reported")
+_SITE_FAILS = re.compile(r"WARNING: site \S+: (.+)")
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -99,8 +102,7 @@ def simulate(
             raise UsageError(f"{stage} holds a simulation that is finished; take another folder, or remove it first")
         began = time.monotonic()
         stop = stack.enter_context(_stop_event())
-        # A name of Ray's sockets may have 107 letters, so that its folder must not lie deep.
-        ray = stack.enter_context(tempfile.TemporaryDirectory(prefix="fm-ray-", ignore_cleanup_errors=True))
+        ray = stack.enter_context(_ray_folder(stage))
         running = stack.enter_context(Processes(stage / LOGS))
         told = _Told(tell)
         _play(running, staged, _environment(stage, ray), port, cpus, told, stop)
@@ -109,7 +111,8 @@ def simulate(
                 f"the simulation stopped before its end: {_why(staged, told)}; look into {stage / LOGS}"
             )
         ended = time.monotonic()
-    return Simulated(staged.run_folder, told.all_here - began, ended - told.all_here)
+    ready = told.all_here or ended
+    return Simulated(staged.run_folder, ready - began, ended - ready)
 
 
 @dataclass
@@ -117,9 +120,10 @@ class _Told:
     """What was said so far, in so far as it matters."""
 
     tell: Teller
-    all_here: float = float("nan")
+    all_here: float = 0.0
     error: str = ""
     dead: str = ""
+    failures: Counter[str] = field(default_factory=Counter)
 
     def take(self, line: str) -> None:
         """Takes in a line of the run."""
@@ -128,6 +132,9 @@ class _Told:
             self.all_here = time.monotonic()
         if text.startswith("ERROR"):
             self.error = text.removeprefix("ERROR").lstrip(" :")
+        failure = _SITE_FAILS.match(text)
+        if failure and not self.all_here:
+            self.failures[failure[1]] += 1
         if not self.dead and _DEAD_WORKER.search(text):
             self.dead = text
         self.tell(text)
@@ -159,11 +166,13 @@ def _play(
             ended = not running.alive("run")  # before the last look at what it said
             for line in lines:
                 told.take(line)
-            _refuse_dead(running, told, stage, stop)
+            _refuse_dead(running, told, staged, stop)
             time.sleep(0 if ended else _LOOK)
 
 
-def _refuse_dead(running: Processes, told: _Told, stage: Path, stop: threading.Event) -> None:
+def _refuse_dead(running: Processes, told: _Told, staged: FederationConfig, stop: threading.Event) -> None:
+    """Ends what would only wait: for a worker that is gone, or for a site that is here and cannot work."""
+    stage = staged.folder
     if stop.is_set():
         raise KeyboardInterrupt
     if told.dead:
@@ -171,6 +180,9 @@ def _refuse_dead(running: Processes, told: _Told, stage: Path, stop: threading.E
             f"a worker of Ray died ({shortened(told.dead, 300)}); Ray never replaces one, and later rounds would lack "
             f"its sites. Often memory was short: take fewer cpus. What was reached is kept: simulate again to go on"
         )
+    lost = [why for why, times in told.failures.items() if times >= staged.deploy.attempts]
+    if lost:
+        raise FedmergeError(f"a site cannot take part: {lost[0]}")
     if not running.alive("superlink"):
         raise FedmergeError(
             f"Flower's SuperLink ended with status {running.status('superlink')}; look into {stage / LOGS}"
@@ -213,6 +225,7 @@ def _staged(federation: FederationConfig, stage: Path, port: int) -> FederationC
     folders = {name: federation.folder / "sites" / name for name in federation.names}
     folders = {name: place for name, place in folders.items() if federation.sites[name] or place.is_dir()}
     table = {**table, "deploy": {**table.get("deploy", {}), **own}, "sites": dict.fromkeys(federation.names, "")}
+    make_folder(stage)
     write_atomically(stage / FILE, tomli_w.dumps(table))
     for name, place in folders.items():
         _stage_site(place, stage / "sites" / name, f"127.0.0.1:{port}")
@@ -252,10 +265,29 @@ def _environment(stage: Path, ray: str) -> dict[str, str]:
 
 
 def _end_orphans(stage: Path) -> None:
-    """Ends what a simulation in this folder that was killed has left running."""
+    """Ends what a simulation in this folder that was killed has left running, and removes what it has left behind."""
     running = Processes(stage / LOGS)
     found = [pid for pid in map(running.running, _PARTS) if pid is not None]
     marks.end([marks.Program(pid, secrets.token_hex(8)) for pid in found], grace=10.0)
+    note = stage / LOGS / _RAY
+    if note.is_file():
+        left = Path(note.read_text(encoding="utf-8").strip())
+        if left.name.startswith(_RAY_PREFIX) and left.parent == Path(tempfile.gettempdir()):
+            shutil.rmtree(left, ignore_errors=True)
+        note.unlink()
+
+
+@contextmanager
+def _ray_folder(stage: Path) -> Iterator[str]:
+    """A folder for Ray's own files that lasts as long as the block.
+
+    Names of Ray's sockets may have 107 letters, so that it must not lie deep.
+    """
+    with tempfile.TemporaryDirectory(prefix=_RAY_PREFIX, ignore_cleanup_errors=True) as folder:
+        make_folder(stage / LOGS)
+        write_atomically(stage / LOGS / _RAY, folder + "\n")
+        yield folder
+    (stage / LOGS / _RAY).unlink(missing_ok=True)
 
 
 @contextmanager
