@@ -214,7 +214,9 @@ def _record(note: ModelNote, terms: Terms, num_params: int) -> RunRecord:
 
 
 def _why(note: ModelNote) -> str:
-    return note.way or "which the server selected"
+    if note.way:
+        return f"whose models on the server became this one by {note.way}, without taking part"
+    return "which the server selected"
 
 
 def _facts(note: ModelNote) -> tuple[tuple[str, str], ...]:
@@ -229,13 +231,14 @@ def _facts(note: ModelNote) -> tuple[tuple[str, str], ...]:
 # ---------------------------------------------------------------- files
 
 
-def write_model_folder(place: Path, client: Client, note: ModelNote) -> None:
+def write_model_folder(place: Path, client: Client, note: ModelNote, further: Mapping[str, str] | None = None) -> None:
     """Writes a model's whole folder in the place of an earlier one; only its owner may read it.
 
     Args:
         place: The folder.
         client: Whose model it is.
         note: What is known of it.
+        further: Texts of further files, by name.
 
     Raises:
         OSError: if it cannot be written; the earlier one stays then.
@@ -252,6 +255,8 @@ def write_model_folder(place: Path, client: Client, note: ModelNote) -> None:
         card = replace(card, limits=(*card.limits, *private))
         write_atomically(new / "README.md", card_text(client, card, row=False))
         write_atomically(new / NOTE, json.dumps(to_plain(note), indent=1) + "\n")
+        for name, text in (further or {}).items():
+            write_atomically(new / name, text)
 
 
 @contextmanager
