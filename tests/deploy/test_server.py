@@ -226,6 +226,20 @@ def test_other_terms_than_the_run_was_begun_with_are_refused(tmp_path):
         run(read_federation(tmp_path / "f"))
 
 
+def test_other_sites_than_the_run_was_begun_with_are_refused(tmp_path):
+    federation = write_federation(tmp_path / "f")
+    with pytest.raises(KeyboardInterrupt):
+        run(federation, tamper=Spoiling("clinic-b", interrupt))
+    path = tmp_path / "f/federation.toml"
+    path.write_text(path.read_text().replace('clinic-b = ""', 'clinic-b = ""\nclinic-d = ""'))
+    with pytest.raises(UsageError, match="was begun with the sites clinic-a, clinic-b, clinic-c; the federation has"):
+        run(read_federation(tmp_path / "f"))
+
+
+def interrupt(letter):
+    raise KeyboardInterrupt
+
+
 def test_a_site_refuses_other_terms_than_it_has_agreed_to(tmp_path):
     federation = write_federation(tmp_path / "f")
     text = (tmp_path / "f/federation.toml").read_text().replace("lr = 0.1", "lr = 0.2")

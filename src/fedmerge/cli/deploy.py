@@ -317,7 +317,7 @@ def status(options: argparse.Namespace) -> None:
     for heading in ("Site", "Last seen", "Asked", "Answered", "Refused", "Model", "Said"):
         grid.add_column(heading, justify="right" if heading == "Refused" else "left")
     delivered = () if deployment is None else deployment.delivered
-    for name in federation.names:
+    for name in federation.living:
         site = found.sites.get(name)
         cells = [name, "never", "", "", "0", "", ""]
         if site is not None:

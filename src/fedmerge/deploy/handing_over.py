@@ -40,7 +40,8 @@ def hand_over(plan: Plan, deployment: Deployment, post: Post, record: RunRecord,
         selected: The state at the selected round.
     """
     names, folder = plan.federation.names, plan.federation.run_folder
-    left = [i for i, name in enumerate(names) if name not in deployment.delivered]
+    living = plan.federation.living
+    left = [i for i, name in enumerate(names) if name in living and name not in deployment.delivered]
     number = selected.round
     since = bases([line for line in record.rounds if line.round <= number], len(names))
     box, terms = Outbox(plan.setup, selected.state, range(len(names))), plan.federation.terms.plain()
@@ -64,4 +65,4 @@ def hand_over(plan: Plan, deployment: Deployment, post: Post, record: RunRecord,
     for name, why in sorted(missing.items()):
         log.warning("site %s has not got its model: %s; run the federation again to give it one", name, why)
     post.board.close("finished" if not missing else f"finished; without their models: {', '.join(sorted(missing))}")
-    log.info("finished: %d of %d sites have their models", len(done), len(names))
+    log.info("finished: %d of %d sites have their models", len(done), len(living))

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fedmerge.deploy.deployment import Deployment
+from fedmerge.deploy.federation import is_tombstone
 from fedmerge.deploy.plan import Plan
 from fedmerge.deploy.post import Post
 from fedmerge.experiment.book import Book, Standing, standing
@@ -74,8 +75,13 @@ class Office:
 
     @property
     def everyone(self) -> range:
-        """All clients."""
+        """All clients, those of forgotten sites included."""
         return range(len(self.plan.federation.names))
+
+    @property
+    def living(self) -> tuple[int, ...]:
+        """Clients that can be asked."""
+        return tuple(i for i, name in enumerate(self.plan.federation.names) if not is_tombstone(name))
 
     def seconds(self) -> float:
         """Of the run so far."""

@@ -101,7 +101,7 @@ def is_done(federation: FederationConfig) -> bool:
     if deployment is None or not (federation.run_folder / "run.json").is_file():
         return False
     record = read_run_alone(federation.run_folder)
-    return record.status == "finished" and set(federation.names) <= set(deployment.delivered)
+    return record.status == "finished" and set(federation.living) <= set(deployment.delivered)
 
 
 def _submitted(federation: FederationConfig, tell: Teller) -> str:
@@ -149,7 +149,7 @@ def run_here(folder: Path | str, tell: Teller) -> RunRecord:
     """
     federation = read_federation(folder)
     place = federation.folder.absolute()
-    away = [name for name in federation.names if not (place / "sites" / name / SITE_FILE).is_file()]
+    away = [name for name in federation.living if not (place / "sites" / name / SITE_FILE).is_file()]
     if away:
         raise UsageError(f"{place}/sites has no folder of {', '.join(away)}; start such sites on their own machines")
     with processes.Processes(place / LOGS) as running:
@@ -160,9 +160,9 @@ def run_here(folder: Path | str, tell: Teller) -> RunRecord:
             raise FedmergeError(f"the SuperLink does not start; it says why in {log}")
         if not federation.deploy.insecure:
             register_sites(place)
-        for name in federation.names:
+        for name in federation.living:
             _start_node(running, place / "sites" / name, f"supernode-{name}")
-        tell(f"SuperLink and {len(federation.names)} sites are running")
+        tell(f"SuperLink and {len(federation.living)} sites are running")
         return _followed(running, place, tell)
 
 

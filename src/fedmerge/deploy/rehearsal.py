@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from fedmerge.core.errors import UsageError
 from fedmerge.data import FederatedData
 from fedmerge.deploy.federation import FederationConfig
 from fedmerge.deploy.moments import moments, pooled
@@ -43,6 +44,8 @@ def rehearse(federation: FederationConfig, folder: Path | None = None, *, watch:
 
 def gathered(federation: FederationConfig) -> FederatedData:
     """The examples of all sites, as each would load them itself."""
+    if federation.living != federation.names:
+        raise UsageError("a federation that has forgotten a site cannot be rehearsed: that site's examples are gone")
     terms = federation.terms
     seed, schema, encoder = terms.options.seed, terms.schema, encoder_of(terms.model)
     sites = [read_site(federation.folder / "sites" / name) for name in federation.names]

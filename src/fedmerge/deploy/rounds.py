@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
@@ -19,7 +20,7 @@ from fedmerge.deploy.outbox import Outbox, lettered
 from fedmerge.deploy.post import Asking, Take, Taken
 from fedmerge.deploy.tray import Tray
 from fedmerge.deploy.trees import form_of
-from fedmerge.experiment.participation import Turnout, turnout
+from fedmerge.experiment.participation import Presence, Turnout, turnout
 from fedmerge.experiment.record import RoundRecord
 from fedmerge.experiment.simulation import (
     Progress,
@@ -45,7 +46,7 @@ def next_round(office: Office) -> None:
     turned_out = _turnout(office, number) if number <= setup.options.rounds else None
     cohort = () if turned_out is None else turned_out.cohort
     tray = _tray(office, number, cohort)
-    asked = office.everyone if evaluate else cohort
+    asked = office.living if evaluate else cohort
     bytes_down = _ask(office, number, cohort, asked, tray, 0 if turned_out is None else turned_out.quorum)
     refuse_divergence(tray.refusals, len(cohort))
     note_reports(office)
@@ -88,7 +89,16 @@ def _turnout(office: Office, number: int) -> Turnout:
         round_number=number,
         num_examples=office.record.num_train,
         passes=(),
+        presence=_presence(office),
     )
+
+
+def _presence(office: Office) -> Presence | None:
+    """Forgotten sites are never there; where there are none, all draws are as in a simulation."""
+    living = set(office.living)
+    if len(living) == len(office.everyone):
+        return None
+    return Presence(tuple(((1, math.inf),) if i in living else () for i in office.everyone))
 
 
 def _tray(office: Office, number: int, cohort: Sequence[int]) -> Tray:

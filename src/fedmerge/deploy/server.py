@@ -15,6 +15,7 @@ from pathlib import Path
 from fedmerge.core.errors import FedmergeError, UsageError
 from fedmerge.core.files import make_folder
 from fedmerge.core.memory import keep_freed
+from fedmerge.core.text import shortened
 from fedmerge.deploy.deployment import Deployment, new_deployment, read_deployment, write_deployment
 from fedmerge.deploy.federation import FederationConfig
 from fedmerge.deploy.handing_over import hand_over, selected_of
@@ -102,6 +103,13 @@ def _run(plan: Plan, deployment: Deployment, post: Post) -> None:
     if record is not None and record.status == "finished":
         hand_over(plan, deployment, post, read_run(folder), selected_of(plan))
         return
+    if record is not None and record.client_names != plan.federation.names:
+        before = shortened(", ".join(record.client_names))
+        raise UsageError(
+            f"{folder} was begun with the sites {before}; the federation has others now. A site joins a finished run "
+            "with `fedmerge deploy offer` and `join`, and leaves one with `forget`; for a new run of the sites that are "
+            "there now move the folder away"
+        )
     with open_office(plan, deployment, record, post) as office:
         post.wait_for_reports(plan.federation.deploy.start_with or len(post.names))
         note_reports(office)
@@ -120,4 +128,4 @@ def _post(federation: FederationConfig, deployment: Deployment, link: Link, cloc
     def hello(name: str) -> Letter:
         return Letter(text_of(Order("hello", deployment.run, 0, 0, name, terms)), {})
 
-    return Post(link, federation.names, federation.deploy, hello, Board(federation.run_folder, status), clock)
+    return Post(link, federation.living, federation.deploy, hello, Board(federation.run_folder, status), clock)
