@@ -21,7 +21,8 @@ from fedmerge.core.protocol import state_tensors, with_tensors
 from fedmerge.core.tensor_files import read_tensors
 from fedmerge.deploy.deployment import read_deployment
 from fedmerge.deploy.federation import FederationConfig, in_client_order, is_tombstone, read_federation
-from fedmerge.deploy.forget import Forgotten, client_axes, forget_own_state, forget_site, forgotten_state
+from fedmerge.deploy.forget import Forgotten, forget_own_state, forget_site
+from fedmerge.deploy.forget_state import client_axes, forgotten_state
 from fedmerge.deploy.link import Contact
 from fedmerge.deploy.messages import Kind, Letter
 from fedmerge.deploy.plan import plan_of
@@ -218,7 +219,7 @@ def test_a_process_that_is_killed_before_the_name_is_out_of_the_file_can_do_it_a
     text = (federation.folder / "federation.toml").read_text()
     forget_there(federation)
     (federation.folder / "federation.toml").write_text(text)  # as it was when the process died
-    with pytest.raises(UsageError, match="other data"):
+    with pytest.raises(UsageError, match="has others now"):
         serve(read_federation(federation.folder), HereLink(federation), clock=SlowClock().clock())
     forget_site(federation.folder, GONE)
     go_on(federation.folder)

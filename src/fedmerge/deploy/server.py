@@ -106,8 +106,8 @@ def _run(plan: Plan, deployment: Deployment, post: Post) -> None:
     if record is not None and record.client_names != plan.federation.names:
         before = shortened(", ".join(record.client_names))
         raise UsageError(
-            f"{folder} was begun with the sites {before}; the federation has others now. A site joins a finished run "
-            "with `fedmerge deploy offer` and `join`, and leaves one with `forget`; for a new run of the sites that are "
+            f"{folder} was begun with the sites {before}; the federation has others now. A site joins a finished "
+            "run with `fedmerge deploy offer` and `join`, and leaves one with `forget`; for a new run of the sites that are "
             "there now move the folder away"
         )
     with open_office(plan, deployment, record, post) as office:
