@@ -32,7 +32,7 @@ from fedmerge.data import Examples
 from fedmerge.deploy.client import WAIT
 from fedmerge.deploy.deployment import read_deployment
 from fedmerge.deploy.federation import Terms, is_tombstone, read_federation, terms_of
-from fedmerge.deploy.forget import scaled
+from fedmerge.deploy.forget_run import scaled
 from fedmerge.deploy.messages import Score
 from fedmerge.deploy.private_state import site_held
 from fedmerge.deploy.site import SiteConfig

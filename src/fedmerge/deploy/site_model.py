@@ -279,6 +279,8 @@ def replacing(place: Path, *, private: bool = True) -> Iterator[Path]:
     new.chmod(0o700)  # a umask may have taken the owner's rights
     try:
         yield new
+        if not private and place.exists():
+            new.chmod(place.stat().st_mode)
         _sync(new, private=private)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
