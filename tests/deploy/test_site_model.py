@@ -269,3 +269,52 @@ def test_a_network_of_the_users_own_must_be_given_again(tmp_path: Path) -> None:
         read_site_model(site)
     model = read_site_model(site, model=federation.terms.model)
     assert model.score(own_examples(site, model, "test")).accuracy == model.note.test.accuracy
+
+
+# ---------------------------------------------------------------- pretrained models
+
+
+@pytest.mark.parametrize("pooling", ["mean", "model"])
+def test_an_adapted_language_model_is_kept_as_adapters(tmp_path: Path, pooling: str) -> None:
+    """Factors A are frozen: they are drawn from the seed again, and no file holds them but PEFT's."""
+    pytest.importorskip("peft")
+    import tiny_models  # noqa: PLC0415 - needs the extra
+
+    base = str(tiny_models.tiny_bert(tmp_path / "base"))
+    model = {"name": "hf", "path": base, "max_length": 16, "rank": 4, "train_a": False, "pooling": pooling}
+    data = {"class_names": ["bad", "good"], "shape": [16], "dtype": "tokens", "text_column": "text"}
+    federation = write_federation(tmp_path / "f", model=model, data=data, rounds=1)
+    words, rng = tiny_models.SENTENCES, np.random.default_rng(5)
+    texts = [" ".join(rng.permutation(words[k % len(words)].split())) for k in range(24)]
+    for name in NAMES:
+        lines = [f"{text},{('bad', 'good')[ord(text[0]) % 2]}" for text in texts]
+        (federation.folder / "sites" / name / "data.csv").write_text("\n".join(["text,label", *lines]))
+        toml = (federation.folder / "sites" / name / "site.toml").read_text()
+        (federation.folder / "sites" / name / "site.toml").write_text(toml.replace("data.npz", "data.csv"))
+    last: dict[str, Letter] = {}
+    link = HereLink(federation, tamper=lambda name, kind, letter: last.update({name: letter}) or letter)
+    serve(federation, link, clock=SlowClock().clock())
+    site = federation.folder / "sites" / SITE
+    files = {path.name for path in (site / "model").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "model.safetensors"} <= files
+    assert (site / "model" / "model.safetensors").stat().st_size < sum(
+        path.stat().st_size for path in Path(base).glob("*.safetensors")
+    )
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (site / "model").iterdir()} == {0o600}
+    own, told = read_site_model(site), answer_from(last[SITE].text)
+    found = own.score(own_examples_of_texts(site, own))
+    assert (found.accuracy, found.loss) == (told.test.accuracy, told.test.loss)
+    assert set(own.predict(texts).names) <= {"good", "bad"}
+    assert torch.equal(own.predict(site / "data.csv").probabilities, own.predict(texts).probabilities)
+    code = (site / "model" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    code += f"\nimport json\nprint(json.dumps(logits({texts[:3]!r}).softmax(1).tolist()))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=site / "model", capture_output=True, text=True, check=True)
+    assert torch.allclose(
+        torch.tensor(json.loads(done.stdout.splitlines()[-1])), own.predict(texts[:3]).probabilities, atol=1e-5
+    )
+    assert "adapter_model.safetensors" in own.export(None, tmp_path / "out").files
+
+
+def own_examples_of_texts(site: Path, model: SiteModel) -> Examples:
+    encoder = model.terms.model.encoder()
+    return site_client(read_site(site), model.terms.schema, seed=model.terms.options.seed, encoder=encoder).test
