@@ -64,7 +64,7 @@ def run_until_done(folder: Path | str, tell: Teller, *, sleep: Callable[[float],
     """Runs a federation to its last round, however often a part of it dies on the way.
 
     A run goes on from its checkpoint, so that it is submitted again when it ended without having said why. What would
-    only end again is told instead.
+    only end again is told instead; so is which sites have not got their models, if one more try gave none of them one.
 
     Args:
         folder: The federation's; its SuperLink runs or will.
@@ -85,7 +85,10 @@ def run_until_done(folder: Path | str, tell: Teller, *, sleep: Callable[[float],
         stopped = _stopped(federation)
         if stopped:
             raise FedmergeError(stopped)
-        now = _reached(federation)
+        now, left = _reached(federation), lacking(federation)
+        if left and now <= reached:
+            tell(f"the rounds are done; no model yet at {', '.join(left)}: run again when they are there")
+            break
         tries, reached = (tries + 1, reached) if now <= reached else (1, now)
         if tries > _MOST_TRIES and not is_done(federation):
             raise FedmergeError(
@@ -97,11 +100,17 @@ def run_until_done(folder: Path | str, tell: Teller, *, sleep: Callable[[float],
 
 def is_done(federation: FederationConfig) -> bool:
     """Whether the rounds are done and every site has its model."""
+    return lacking(federation) == ()
+
+
+def lacking(federation: FederationConfig) -> tuple[str, ...] | None:
+    """Sites that have no model yet though the rounds are done; None before that."""
     deployment = read_deployment(federation.run_folder)
     if deployment is None or not (federation.run_folder / "run.json").is_file():
-        return False
-    record = read_run_alone(federation.run_folder)
-    return record.status == "finished" and set(federation.living) <= set(deployment.delivered)
+        return None
+    if read_run_alone(federation.run_folder).status != "finished":
+        return None
+    return tuple(name for name in federation.living if name not in deployment.delivered)
 
 
 def _submitted(federation: FederationConfig, tell: Teller) -> str:

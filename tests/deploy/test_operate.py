@@ -1,0 +1,80 @@
+"""A run is submitted until it is done, or until trying again brings nothing."""
+
+from __future__ import annotations
+
+import pytest
+from small_deployment import HereLink, SlowClock, write_federation
+
+from fedmerge.core.errors import FedmergeError
+from fedmerge.deploy import operate
+from fedmerge.deploy.server import serve
+
+
+class Submitting:
+    """In the place of Flower: each try is a network in this process, or a run that is killed before its first round."""
+
+    def __init__(self, monkeypatch, *tries):
+        self.tries, self.made = tries, 0
+        monkeypatch.setattr(operate, "_submitted", self)
+
+    def __call__(self, federation, tell):
+        link = self.tries[min(self.made, len(self.tries) - 1)]
+        self.made += 1
+        if link is None:
+            return "finished:failed"
+        serve(federation, HereLink(federation, **link), clock=SlowClock().clock())
+        return "finished:completed"
+
+
+def without_last_model(name, kind, letter):
+    return None if (name, kind) == ("clinic-c", "final") else letter
+
+
+def run(folder):
+    said, waited = [], []
+    record = operate.run_until_done(folder, said.append, sleep=waited.append)
+    return record, said, waited
+
+
+def test_a_run_that_is_done_is_not_submitted_again(tmp_path, monkeypatch):
+    submitting = Submitting(monkeypatch, {})
+    write_federation(tmp_path / "f")
+    for _ in range(2):
+        assert run(tmp_path / "f")[0].status == "finished"
+    assert submitting.made == 1
+
+
+def test_a_site_that_comes_for_its_model_late_gets_it(tmp_path, monkeypatch):
+    submitting = Submitting(monkeypatch, {"tamper": without_last_model}, {})
+    federation = write_federation(tmp_path / "f")
+    run(tmp_path / "f")
+    assert operate.is_done(federation)
+    assert submitting.made == 2
+
+
+def test_a_site_that_is_gone_for_good_does_not_make_the_run_fail(tmp_path, monkeypatch):
+    submitting = Submitting(monkeypatch, {"tamper": without_last_model})
+    federation = write_federation(tmp_path / "f")
+    record, said, _ = run(tmp_path / "f")
+    assert (record.status, submitting.made) == ("finished", 2)
+    assert said[-1] == "the rounds are done; no model yet at clinic-c: run again when they are there"
+    assert operate.lacking(federation) == ("clinic-c",)
+    assert not operate.is_done(federation)
+
+
+def test_a_run_that_ends_again_and_again_without_a_reason_is_told(tmp_path, monkeypatch):
+    submitting = Submitting(monkeypatch, None)
+    write_federation(tmp_path / "f")
+    said, waited = [], []
+    with pytest.raises(FedmergeError, match="ended 5 times without coming further than round 0: finished:failed"):
+        operate.run_until_done(tmp_path / "f", said.append, sleep=waited.append)
+    assert submitting.made == 6
+    assert waited == sorted(waited)
+
+
+def test_a_reason_that_somebody_must_mend_ends_the_run_at_once(tmp_path, monkeypatch):
+    submitting = Submitting(monkeypatch, {"absent": {"clinic-b"}})
+    write_federation(tmp_path / "f")
+    with pytest.raises(FedmergeError, match="2 of 3 sites have reported"):
+        run(tmp_path / "f")
+    assert submitting.made == 1
