@@ -16,6 +16,8 @@ from fedmerge.deploy.schema import DataSchema, schema_of_form
 from fedmerge.experiment.federation import load_data
 
 DATA = "digits.npz"
+_IMAGES = 1797
+"""That the handwritten digits are."""
 
 
 def demo_names(number: int) -> tuple[str, ...]:
@@ -43,13 +45,19 @@ def write_demo_data(folder: Path, names: tuple[str, ...]) -> None:
         names: Of the sites.
     """
     faults: list[str] = []
-    table = {"name": "rotations", "clients": len(names), "train": 300, "validation": 60, "test": 120}
+    table = {"name": "rotations", "clients": len(names), **_sizes(len(names))}
     partition = PARTITIONS.build(table, "partition", faults)
     clients = load_data(SOURCES["digits"].cls(), partition, 0).clients
     for name, client in zip(names, clients, strict=True):
         site = folder / "sites" / name
         make_folder(site)
         np.savez_compressed(site / DATA, **_arrays(client))
+
+
+def _sizes(number: int) -> dict[str, int]:
+    """Images of each site by split: as many as there are for so many sites, but not more than suit a first look."""
+    each = min(480, _IMAGES // number)
+    return {"train": each * 5 // 8, "validation": each // 8, "test": each // 4}
 
 
 def _arrays(client: ClientData) -> dict[str, Any]:
