@@ -37,7 +37,7 @@ docs: $(VENV)/test.ready  ## writes the generated pages of docs/
 	$(BIN)/python docs/generate.py
 
 clean:
-	rm -rf $(VENV) build src/*.egg-info .coverage .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf $(VENV) build src/*.egg-info .coverage* .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 
 # torch first and by its exact pin: a range may pick a build with gigabytes of GPU libraries.
 $(VENV)/torch.ready: constraints.txt

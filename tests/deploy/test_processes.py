@@ -167,7 +167,11 @@ def test_two_of_one_name_do_not_run_at_a_time(kept, tmp_path):
     assert lives(pid)
 
 
-@pytest.mark.parametrize("content", ["", "x\ny\n", "1\n", f"{os.getpid()}\n0\n", "99999999\n5\n"])
+@pytest.mark.parametrize(
+    "content",
+    ["", "x\ny\n", "1\n", f"{os.getpid()}\n0\n", "99999999\n5\n"],
+    ids=["empty", "no numbers", "one line", "another start", "nobody"],
+)
 def test_a_file_of_another_process_or_of_none_does_not_count(kept, tmp_path, content):
     (tmp_path / "pids").mkdir()
     (tmp_path / "pids" / "one.pid").write_text(content)

@@ -12,12 +12,13 @@ from fedmerge.algorithms import ALGORITHMS
 from fedmerge.cli.bench import bench
 from fedmerge.cli.catalogue import OPTION_GROUPS, REGISTRIES, help_text, list_entries
 from fedmerge.cli.data import data, report
-from fedmerge.cli.deploy import add_deploy_arguments
+from fedmerge.cli.deploy_arguments import add_deploy_arguments
 from fedmerge.cli.explain import explain_run
 from fedmerge.cli.export import add_export_arguments
 from fedmerge.cli.onboard import add_onboard_arguments
 from fedmerge.cli.privacy import add_privacy_arguments
 from fedmerge.cli.training import compare, resume, run
+from fedmerge.cli.words import sentence
 from fedmerge.core.errors import UsageError, unknown_name
 from fedmerge.core.options import option_fields
 
@@ -50,7 +51,7 @@ def parser_of(words: Sequence[str]) -> Parser:
     """The parser of the command that `words` name; only that one is built."""
     command = next((word for word in words if not word.startswith("-")), None)
     if command in _COMMANDS:
-        parser = Parser(prog=f"fedmerge {command}", description=_COMMANDS[command].capitalize() + ".")
+        parser = Parser(prog=f"fedmerge {command}", description=sentence(_COMMANDS[command]))
         parser.add_argument("command_name", choices=[command], help=argparse.SUPPRESS)
         builders: dict[str, Callable[[Parser], None]] = {
             "run": partial(_run_parser, words=words),

@@ -14,6 +14,9 @@ from fedmerge.core.errors import UsageError, unknown_name
 from fedmerge.core.options import accepted_text, option_fields
 from fedmerge.core.registry import Registry
 from fedmerge.data import PARTITIONS, SOURCES, FolderOptions
+from fedmerge.deploy.federation import DeployOptions
+from fedmerge.deploy.schema import DataSchema
+from fedmerge.deploy.site import SiteConfig, SiteData
 from fedmerge.experiment.config import OPTION_TABLES, RunOptions
 from fedmerge.models import NETWORKS
 
@@ -23,7 +26,15 @@ REGISTRIES: dict[str, Registry[Any]] = {
     "partitions": PARTITIONS,
     "models": NETWORKS,
 }
-OPTION_GROUPS: dict[str, type] = {"run": RunOptions, **OPTION_TABLES, "folder": FolderOptions}
+OPTION_GROUPS: dict[str, type] = {
+    "run": RunOptions,
+    **OPTION_TABLES,
+    "folder": FolderOptions,
+    "deploy": DeployOptions,
+    "schema": DataSchema,
+    "site": SiteConfig,
+    "site-data": SiteData,
+}
 
 
 def list_entries(options: argparse.Namespace) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import csv
+import io
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,112 +15,10 @@ from rich.table import Table as Grid
 
 from fedmerge.cli.screen import escape, out, say
 from fedmerge.cli.words import table_from
-from fedmerge.core.errors import FedmergeError, UsageError, unknown_name
+from fedmerge.core.errors import FedmergeError, UsageError
+from fedmerge.core.files import write_atomically
 from fedmerge.core.text import shortened
 from fedmerge.experiment.config import override
-
-Command = Callable[[argparse.Namespace], None]
-ACTIONS = {
-    "init": "write the folder of a new federation: certificates, keys, a folder for each site, what starts it all",
-    "add": "let one more site take part",
-    "key": "make a key pair in a site's folder, at the site",
-    "check": "ask everything that can be asked at a site before the first round",
-    "rehearse": "run the federation in one process, where all sites' folders are on this machine",
-    "start": "run the server's SuperLink, or a site, until told to end",
-    "run": "train, on the server: submitted again until the rounds are done",
-    "up": "all parts on this machine, until the rounds are done",
-    "status": "rounds, sites, refusals, last seen",
-}
-
-
-def add_deploy_arguments(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
-    """The words and flags of the command; those of the action that is named."""
-    listed = "\n".join(f"  fedmerge deploy {name:9} {text}" for name, text in ACTIONS.items())
-    action = next((word for word in words[1:] if not word.startswith("-")), None)
-    if action is None:
-        parser.formatter_class = argparse.RawDescriptionHelpFormatter
-        parser.epilog = listed
-        parser.set_defaults(command=lambda _: parser.print_help())
-        return
-    if action not in ACTIONS:
-        raise UsageError(unknown_name("action of deploy", action, ACTIONS))
-    parser.prog = f"fedmerge deploy {action}"
-    parser.description = ACTIONS[action].capitalize() + "."
-    parser.add_argument("action", choices=[action], help=argparse.SUPPRESS)
-    _BUILDERS[action](parser)
-
-
-def _init(parser: argparse.ArgumentParser) -> None:
-    parser.usage = "fedmerge deploy init FOLDER [key=value ...] [options]"
-    parser.add_argument("folder", metavar="FOLDER", help="of the federation; must be empty or new")
-    parser.add_argument(
-        "words",
-        nargs="*",
-        metavar="key=value",
-        help="what is trained, as for `fedmerge run`: method=fedmerge model=mlp rounds=50 training.lr=0.05",
-    )
-    parser.add_argument("--config", metavar="FILE", help="TOML file to start from, without source and partition")
-    parser.add_argument("--sites", metavar="A,B,C", default="", help="names of the sites; more can be added later")
-    parser.add_argument("--name", help="what the federation is called (default: the folder's name)")
-    parser.add_argument(
-        "--address", metavar="HOST:PORT", default="127.0.0.1:9092", help="that sites connect to (default: %(default)s)"
-    )
-    parser.add_argument("--listen", metavar="HOST:PORT", default="", help="of the SuperLink itself, behind the proxy")
-    parser.add_argument("--host", action="append", default=[], help="another name of the server (repeatable)")
-    parser.add_argument(
-        "--like", metavar="FILE", help="a file or folder as every site has one: columns, classes, scale"
-    )
-    parser.add_argument("--label-column", metavar="NAME", default="label", help="of tables (default: label)")
-    parser.add_argument("--text-column", metavar="NAME", help="of tables that hold texts")
-    parser.add_argument(
-        "--classes", metavar="A,B,C", default="", help="all classes, if the example has not all of them"
-    )
-    scale = parser.add_mutually_exclusive_group()
-    scale.add_argument("--standardise", action="store_true", help="scale every column as the example asks for")
-    scale.add_argument("--pooled", action="store_true", help="find the scale from sums that every site sends")
-    parser.add_argument("--insecure", action="store_true", help="no certificates and keys; loopback addresses only")
-    parser.add_argument("--demo", type=int, metavar="N", help="N sites on this machine with real handwritten digits")
-    parser.set_defaults(command=init)
-
-
-def _folder(parser: argparse.ArgumentParser, whose: str = "federation", command: Command | None = None) -> None:
-    parser.add_argument("folder", metavar="FOLDER", help=f"of the {whose}")
-    parser.set_defaults(command=command)
-
-
-def _add(parser: argparse.ArgumentParser) -> None:
-    _folder(parser, command=add)
-    parser.add_argument("name", metavar="NAME", help="of the site")
-    parser.add_argument("--public-key", metavar="FILE", help="node.pub that the site made itself (deploy key)")
-
-
-def _check(parser: argparse.ArgumentParser) -> None:
-    _folder(parser, "site", check)
-    parser.add_argument("--offline", action="store_true", help="ask nothing of the server")
-
-
-def _start(parser: argparse.ArgumentParser) -> None:
-    parser.usage = "fedmerge deploy start {server FEDERATION | site SITE}"
-    parser.add_argument("what", choices=["server", "site"], help="which part")
-    _folder(parser, "federation or the site", start)
-
-
-def _rehearse(parser: argparse.ArgumentParser) -> None:
-    _folder(parser, command=rehearse)
-    parser.add_argument("--out", metavar="FOLDER", help="run folder to write")
-
-
-_BUILDERS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
-    "init": _init,
-    "add": _add,
-    "key": lambda parser: _folder(parser, "site", key),
-    "check": _check,
-    "rehearse": _rehearse,
-    "start": _start,
-    "run": lambda parser: _folder(parser, command=run),
-    "up": lambda parser: _folder(parser, command=up),
-    "status": lambda parser: _folder(parser, command=status),
-}
 
 
 def _said(text: str) -> None:
@@ -338,3 +238,92 @@ def _ago(moment: float) -> str:
         if seconds >= size:
             return f"{seconds / size:.0f} {unit} ago"
     return f"{seconds:.0f} s ago"
+
+
+# ---------------------------------------------------------------- after training
+
+
+def predict(options: argparse.Namespace) -> None:
+    """Class and probabilities of every row, as CSV."""
+    from fedmerge.deploy.site_use import read_site_model  # noqa: PLC0415
+
+    model = read_site_model(options.folder)
+    found = model.predict(options.rows)
+    header = ["class", *(f"probability of {name}" for name in model.class_names)]
+    rows = [
+        [name, *(f"{p:.6f}" for p in row)] for name, row in zip(found.names, found.probabilities.tolist(), strict=True)
+    ]
+    with io.StringIO(newline="") as text:
+        csv.writer(text, lineterminator="\n").writerows([header, *rows])
+        content = text.getvalue()
+    if options.out is None:
+        say(content.rstrip("\n"))
+        return
+    write_atomically(Path(options.out), content)
+    say(f"{len(rows)} rows  {options.out}")
+
+
+def export(options: argparse.Namespace) -> None:
+    """Writes the folder and names its files."""
+    from fedmerge.deploy.site_use import read_site_model  # noqa: PLC0415
+
+    found = read_site_model(options.folder).export(options.kind, options.out)
+    for name in found.files:
+        say(str(found.folder / name))
+    if found.difference is not None:
+        say(f"difference  {found.difference:.1e} (of outputs, at most)")
+
+
+def offer(options: argparse.Namespace) -> None:
+    """Writes the package and says what it tells."""
+    from fedmerge.deploy.federation import read_federation  # noqa: PLC0415
+    from fedmerge.deploy.offer import make_offer  # noqa: PLC0415
+
+    found = make_offer(read_federation(options.folder).run_folder, options.out)
+    say(f"offer       {found.folder}; what is in it and what is not: {found.folder}/README.md")
+
+
+def join(options: argparse.Namespace) -> None:
+    """Makes the model and says how good it is."""
+    from fedmerge.deploy.offer import join as joined  # noqa: PLC0415
+    from fedmerge.deploy.site import read_site  # noqa: PLC0415
+
+    found = joined(Path(options.offer), read_site(options.folder), way=options.way)
+    say(f"model       {found.folder}")
+    say(f"made by     {found.onboarded.way} from {found.onboarded.num_samples} examples")
+    if found.test.accuracy is not None:
+        say(f"test        {100 * found.test.accuracy:.1f} % of the site's own test examples")
+
+
+def forget(options: argparse.Namespace) -> None:
+    """Removes a site and says plainly what is left."""
+    from fedmerge.deploy.forget import forget_site  # noqa: PLC0415
+
+    found = forget_site(options.folder, options.name)
+    for text in found.removed:
+        say(f"removed     {text}")
+    for text in found.remains:
+        say(f"remains     {text}")
+    for text in found.left:
+        say(f"see to      {text}")
+
+
+def forget_own(options: argparse.Namespace) -> None:
+    """Removes a site's own state."""
+    from fedmerge.deploy.forget import forget_own_state  # noqa: PLC0415
+
+    found = forget_own_state(options.folder, model=options.model)
+    for text in found.removed:
+        say(f"removed     {text}")
+    for text in found.kept:
+        say(f"kept        {text}")
+
+
+def simulate(options: argparse.Namespace) -> None:
+    """Runs on Ray and shows what each site would get."""
+    from fedmerge.deploy.flower.simulate import simulate as simulated  # noqa: PLC0415
+    from fedmerge.experiment.record import read_run  # noqa: PLC0415
+
+    found = simulated(options.folder, options.out, cpus=options.cpus, tell=_said)
+    _scores(read_run(found.folder))
+    say(f"start {found.start:.1f} s, rounds {found.rounds:.1f} s")

@@ -17,3 +17,12 @@ def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
 def table_from(config: str | None) -> dict[str, Any]:
     """The table of a configuration file; an empty one without a file."""
     return {} if config is None else read_toml(config)
+
+
+def sentence(text: str) -> str:
+    """A line of help as a sentence.
+
+    >>> sentence("run it on Flower")
+    'Run it on Flower.'
+    """
+    return f"{text[:1].upper()}{text[1:]}."

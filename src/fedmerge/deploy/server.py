@@ -106,9 +106,9 @@ def _run(plan: Plan, deployment: Deployment, post: Post) -> None:
     if record is not None and record.client_names != plan.federation.names:
         before = shortened(", ".join(record.client_names))
         raise UsageError(
-            f"{folder} was begun with the sites {before}; the federation has others now. A site joins a finished "
-            "run with `fedmerge deploy offer` and `join`, and leaves one with `forget`; for a new run of the sites that are "
-            "there now move the folder away"
+            f"{folder} was begun with the sites {before}; the federation has others now. A site joins a finished run "
+            "with `fedmerge deploy offer` and `join`, and leaves one with `forget`; for a new run of the sites that "
+            "are there now move the folder away"
         )
     with open_office(plan, deployment, record, post) as office:
         post.wait_for_reports(plan.federation.deploy.start_with or len(post.names))
