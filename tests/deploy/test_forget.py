@@ -371,3 +371,44 @@ def test_a_site_removes_its_states_and_keeps_its_examples(tmp_path: Path) -> Non
     assert forget_own_state(site, model=True).removed == ("model",)
     assert np.load(site / "data.npz")["x"].shape[1] == 6
     assert (site / "site.toml").is_file()
+
+
+def test_what_still_names_it_is_listed(tmp_path: Path) -> None:
+    federation = write_federation(tmp_path / "f", NAMES)
+    folder = federation.folder
+    (folder / "logs").mkdir()
+    (folder / "logs" / "server.log").write_text(f"site {GONE} is late\n")
+    (folder / "logs" / "other.log").write_text(f"site {GONE}-2 and old-{GONE} are late\n")
+    (folder / "removed" / f"{GONE}.1").mkdir(parents=True)
+    (folder / "removed" / f"{GONE}.1" / "site.toml").write_text(f'name = "{GONE}"\n')
+    done = forget_site(folder, GONE)
+    assert [text.split(":")[0] for text in done.left] == [f"sites/{GONE}", "logs/server.log"]
+    assert not (folder / "removed" / f"{GONE}.1").exists()
+    assert (folder / "sites" / GONE / "data.npz").is_file()
+    assert GONE not in (folder / "forgotten.json").read_text()
+
+
+def test_a_federation_with_keys_stays_one(tmp_path: Path) -> None:
+    """The place of a forgotten site is the only one without a key."""
+    own = {"name": "clinics", "address": "127.0.0.1:9092"}
+    keys = {name: f"ecdsa-sha2-nistp384 key-of-{name}" for name in NAMES}
+    federation = write_federation(tmp_path / "f", NAMES, deploy=own, sites=keys)
+    shutil.rmtree(federation.folder / "sites" / GONE)
+    forget_site(federation.folder, GONE)
+    found = read_federation(federation.folder)
+    assert found.sites == {PLACE if name == GONE else name: "" if name == GONE else keys[name] for name in NAMES}
+    assert keys[GONE] not in (federation.folder / "federation.toml").read_text()
+
+
+def test_a_pooled_scale_is_kept_and_told(tmp_path: Path) -> None:
+    data = {"class_names": ["0", "1", "2"], "shape": [6], "scale": "pooled"}
+    federation = started(tmp_path / "f", data=data, method={"name": "fedavg"})
+    before = read_deployment(federation.run_folder)
+    done = forget_there(federation)
+    assert any("pooled" in text for text in done.remains)
+    go_on(federation.folder)
+    after = read_deployment(federation.run_folder)
+    assert before is not None
+    assert after is not None
+    assert (after.mean, after.std, after.run) == (before.mean, before.std, before.run)
+    assert read_run(federation.run_folder).status == "finished"

@@ -13,7 +13,7 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import tomli_w
@@ -87,27 +87,24 @@ def forget_site(folder: Path | str, name: str) -> Forgotten:
         raise UsageError(unknown_name("site", name, federation.living))
     if len(federation.living) == 1:
         raise UsageError(f"{name!r} is the federation's only site; remove {federation.folder} as a whole instead")
-    client = federation.names.index(name)
-    run = federation.run_folder
+    client, run, place = federation.names.index(name), federation.run_folder, federation.folder
     put_back(run)
     with held(run) if run.is_dir() else nullcontext(), one_thread():
         done = forget_in_run(federation, client)
-        _change_federation(federation, client)
-    removed, left = _clear_folder(federation.folder, name)
-    removed = (f"its place, key and name in {FILE}", *done.removed, *removed)
-    found = Forgotten(
-        id=secrets.token_hex(8),
-        client=client,
-        place=tombstone(client),
-        round=done.round,
-        last_reply=done.last_reply,
-        removed=removed,
-        remains=(*done.remains, *_ELSEWHERE),
-        unscored=done.unscored,
-        left=left,
-    )
-    _note(federation.folder, found)
-    return found
+        found = Forgotten(
+            id=secrets.token_hex(8),
+            client=client,
+            place=tombstone(client),
+            round=done.round,
+            last_reply=done.last_reply,
+            removed=(f"its key and name in {FILE}", *done.removed, *_remove_invitations(place, name)),
+            remains=(*done.remains, *_ELSEWHERE),
+            unscored=done.unscored,
+            left=(),
+        )
+        _note(place, found)
+        _change_federation(federation, client)  # the last step: until it is done, the name can be given again
+    return replace(found, left=_left(place, name))
 
 
 _ELSEWHERE = (
@@ -136,22 +133,27 @@ def _names(text: str, name: str) -> bool:
     return re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", text) is not None
 
 
-def _clear_folder(folder: Path, name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Removes the site's invitation; what is gone, and what is left that holds its name."""
-    removed, left = [], []
-    for place in _own_folders(folder, name):
-        surplus = sorted(path.name for path in place.iterdir() if path.name not in _INVITATION)
-        if surplus:
-            left.append(
-                f"{place.relative_to(folder)}: holds {', '.join(surplus)}, which are the site's own; the site removes "
-                "what it kept with `forget_own_state`"
-            )
-        else:
-            shutil.rmtree(place)
-            removed.append("its folder with keys that was made for it on the server")
-    where = [path for path in _files(folder, name) if _holds(path, name.encode())]
-    left += [f"{path.relative_to(folder)}: names it; remove or replace it" for path in where]
-    return tuple(removed), tuple(left)
+def _remove_invitations(folder: Path, name: str) -> tuple[str, ...]:
+    """Removes what was made for the site on the server, unless the site itself is on this machine."""
+    places = [place for place in _own_folders(folder, name) if not _surplus(place)]
+    for place in places:
+        shutil.rmtree(place)
+    return ("its folder with keys that was made for it on the server",) if places else ()
+
+
+def _surplus(place: Path) -> list[str]:
+    return sorted(path.name for path in place.iterdir() if path.name not in _INVITATION)
+
+
+def _left(folder: Path, name: str) -> tuple[str, ...]:
+    """What still holds its name."""
+    own = [
+        f"{place.relative_to(folder)}: holds {', '.join(_surplus(place))}, which are the site's own; the site removes "
+        "what it kept with `forget_own_state`"
+        for place in _own_folders(folder, name)
+    ]
+    files = [path.relative_to(folder) for path in _files(folder, name) if _holds(path, name.encode())]
+    return (*own, *(f"{path}: names it; remove or replace it" for path in files))
 
 
 def _own_folders(folder: Path, name: str) -> list[Path]:
