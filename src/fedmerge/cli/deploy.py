@@ -34,6 +34,7 @@ def init(options: argparse.Namespace) -> None:
     """Writes the folder, and says what to do next."""
     from fedmerge.deploy.blueprint import Blueprint, write_blueprint  # noqa: PLC0415 - other commands do not need it
     from fedmerge.deploy.demo import demo_names, demo_site_table, write_demo_data  # noqa: PLC0415
+    from fedmerge.deploy.federation import terms_of  # noqa: PLC0415
 
     if options.demo is not None and (options.sites or options.like):
         raise UsageError("--demo brings sites and data of its own; leave --sites and --like out")
@@ -44,6 +45,8 @@ def init(options: argparse.Namespace) -> None:
     deploy = own.pop("deploy", {})
     config = {**_DEMO, **own} if options.demo is not None else own
     folder = Path(options.folder)
+    data = config.pop("data", None) or _schema_table(options, config)
+    terms_of({**config, "data": data})  # all that is wrong with it is told before anything is written
     blueprint = Blueprint(
         name=options.name or folder.absolute().name,
         address=options.address,
@@ -52,7 +55,7 @@ def init(options: argparse.Namespace) -> None:
         hosts=tuple(options.host),
         insecure=options.insecure,
         config=config,
-        data=config.pop("data", None) or _schema_table(options, config),
+        data=data,
         deploy=deploy,
         site_data=dict.fromkeys(sites, demo_site_table()) if options.demo is not None else {},
     )

@@ -11,7 +11,7 @@ from fedmerge.core.errors import FedmergeError, UsageError
 from fedmerge.deploy import processes
 from fedmerge.deploy.address import free_port
 from fedmerge.deploy.blueprint import FLOWER_HOME, SITE_FILE
-from fedmerge.deploy.commands import FlowerCommandError, open_run, register_sites, stop_run, submit
+from fedmerge.deploy.commands import FlowerCommandError, RunEnd, open_run, register_sites, stop_run, submit
 from fedmerge.deploy.deployment import read_deployment
 from fedmerge.deploy.federation import FederationConfig, read_federation
 from fedmerge.deploy.roster import read_roster
@@ -75,14 +75,15 @@ def run_until_done(folder: Path | str, tell: Teller, *, sleep: Callable[[float],
         FedmergeError: if the run stopped for a reason that somebody must mend, or ends again and again.
     """
     federation = read_federation(folder)
-    tries, reached = 0, -1
+    tries, reached, why = 0, -1, ""
     while not is_done(federation):
         if tries:
             wait = min(60.0, _FEWEST_SECONDS * 2.0 ** (tries - 1))
-            tell(f"the run ended before its last round; it goes on from there in {wait:.0f} s")
+            tell(f"{why}; again in {wait:.0f} s, from where the run stands")
             sleep(wait)
-        why = _submitted(federation, tell)
-        stopped = _stopped(federation)
+        end = _submitted(federation, tell)
+        why = end if isinstance(end, str) else f"the run ended before its last round ({end.details or end.status})"
+        stopped = "" if isinstance(end, str) else _stopped(federation)
         if stopped:
             raise FedmergeError(stopped)
         now, left = _reached(federation), lacking(federation)
@@ -113,18 +114,17 @@ def lacking(federation: FederationConfig) -> tuple[str, ...] | None:
     return tuple(name for name in federation.living if name not in deployment.delivered)
 
 
-def _submitted(federation: FederationConfig, tell: Teller) -> str:
-    """Submits the run and follows it; what Flower said of its end."""
+def _submitted(federation: FederationConfig, tell: Teller) -> RunEnd | str:
+    """Submits the run and follows it to its end; why not, if that could not be done."""
     if not processes.wait_for_superlink(federation.folder, _START_SECONDS):
         link = read_roster(federation.folder).link
         return f"no SuperLink answers at {link}; start it with `fedmerge deploy start server`"
     try:
         if not federation.deploy.insecure:
             register_sites(federation.folder)
-        end = submit(federation.folder, tell=lambda line: _pass_on(line, tell))
+        return submit(federation.folder, tell=lambda line: _pass_on(line, tell))
     except FlowerCommandError as error:
         return str(error)
-    return end.details or end.status
 
 
 def _pass_on(line: str, tell: Teller) -> None:
