@@ -11,16 +11,18 @@ looked at is the run's own folder. A SuperLink of its own, on a port of its own,
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import secrets
 import shutil
+import signal
 import tempfile
 import threading
 import time
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -212,7 +214,7 @@ def _why(staged: FederationConfig, told: _Told) -> str:
     deployment = read_deployment(staged.run_folder)
     if deployment is not None and deployment.stopped:
         return deployment.stopped
-    return told.error or "no reason was given"
+    return told.error or "Flower's process ended without a word"
 
 
 # ---------------------------------------------------------------- the folder of a simulation
@@ -286,8 +288,20 @@ def _ray_folder(stage: Path) -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix=_RAY_PREFIX, ignore_cleanup_errors=True) as folder:
         make_folder(stage / LOGS)
         write_atomically(stage / LOGS / _RAY, folder + "\n")
-        yield folder
+        try:
+            yield folder
+        finally:
+            _end_of_ray(folder)
     (stage / LOGS / _RAY).unlink(missing_ok=True)
+
+
+def _end_of_ray(folder: str) -> None:
+    """Ends agents of Ray that outlive it for a while, having overwritten the mark in their environment (Linux)."""
+    told = f"RAY_TMPDIR={folder}".encode()
+    for place in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # gone, or somebody else's
+            if told in (place / "environ").read_bytes().split(b"\0"):
+                os.kill(int(place.name), signal.SIGKILL)
 
 
 @contextmanager
