@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,49 +18,35 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
-from torch import Tensor, nn
+from torch import Tensor
 
-from fedmerge.algorithms import ALGORITHMS
 from fedmerge.core.errors import FedmergeError, UsageError, together
 from fedmerge.core.files import make_folder
-from fedmerge.core.keeping import travelling
 from fedmerge.core.protocol import Algorithm, Update, deliver
 from fedmerge.core.replies import Expected, Refusal, Reply, check_of, fault_of, reasons_text, stacked_updates
 from fedmerge.core.replies import template_of as template
 from fedmerge.core.sums import weighted_sum
 from fedmerge.core.text import brief, shortened
 from fedmerge.core.vector import twin
-from fedmerge.data.federated import without_examples
+from fedmerge.deploy.flower.answers import Asked, Metrics, means, metrics_of, reply_of
 from fedmerge.deploy.flower.arrays import record_of, tensors_of, travelling_tensors
 from fedmerge.deploy.flower.nodes import Nodes
+from fedmerge.deploy.opening import begun, method_of, name_of
 from fedmerge.deploy.outbox import Outbox
 from fedmerge.deploy.plain_descent import pull_of
 from fedmerge.experiment.book import digest_of_request, held
 from fedmerge.experiment.checkpoint import Manifest, digest, latest, tensor_bytes, write_slot
 from fedmerge.experiment.config import RunOptions
-from fedmerge.experiment.federation import drawer
 from fedmerge.experiment.participation import Participation, turnout
-from fedmerge.experiment.privacy_check import privacy_of
-from fedmerge.experiment.simulation import Progress, Setup, described, one_thread, setup_without_examples
-from fedmerge.runtime import Fleet
+from fedmerge.experiment.simulation import described, one_thread
 from fedmerge.runtime.rounds import refuse_divergence
-from fedmerge.training import LocalTraining
 
 log = logging.getLogger(__name__)
 
-ARRAYS, CONFIG, NUM_EXAMPLES = "arrays", "config", "num-examples"
-"""Where messages hold tensors, settings and (in replies) the number of training examples, as in Flower's FedAvg."""
+ARRAYS, CONFIG = "arrays", "config"
+"""Where messages hold tensors and settings, as for Flower's FedAvg."""
 _BLOCK = 64
 """Clients whose models are in memory together."""
-Metrics = dict[str, float]
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """An open round: who was asked, at which node, in which of Flower's runs."""
-
-    run: str
-    clients: Mapping[int, int]
 
 
 @dataclass
@@ -127,13 +112,13 @@ class FedMergeStrategy(Strategy):
         self._min_nodes = num_clients if min_nodes is None else min_nodes
         options = RunOptions(seed=seed, fraction=fraction, head=head, frozen=frozen, kernels="torch")
         with one_thread():
-            self._setup, start = _begun(_method_of(method), model, num_clients, options)
-            self._pull = pull_of(self._setup.played, start.state, self._setup.layout, name=_name_of(self._setup))
+            self._setup, start = begun(method_of(method), model, num_clients, options)
+            self._pull = pull_of(self._setup.played, start.state, self._setup.layout, name=name_of(self._setup))
         self._module = twin(self._setup.module)
         tensors = travelling_tensors(self._module, self._setup.layout)
         self._sent = template(tensors)
         self._update = template(Update(self._setup.layout.read(self._setup.module)))
-        self._asked = _Asked("", {})
+        self._asked = Asked("", {})
         self._hold, self._folder = ExitStack(), None if folder is None else Path(folder)
         self._slot, self._progress = 1, start
         if self._folder is not None:
@@ -244,7 +229,7 @@ class FedMergeStrategy(Strategy):
                 for client, node in nodes.items()
             ]
         run = str(messages[0].metadata.run_id) if messages else ""
-        self._asked = _Asked(run, {node: client for client, node in nodes.items()})
+        self._asked = Asked(run, {node: client for client, node in nodes.items()})
         return messages
 
     def aggregate_train(
@@ -288,7 +273,7 @@ class FedMergeStrategy(Strategy):
             if message.has_error():
                 self._tell_failure(message)
                 continue
-            reply, own = _reply_of(message, self._asked)
+            reply, own = reply_of(message, self._asked)
             refusal = fault_of(reply, expected, admitted.keys())
             if refusal is None:
                 delta = box.of(reply.client) - layout.flatten(reply.tensors)
@@ -314,7 +299,7 @@ class FedMergeStrategy(Strategy):
         """Means over clients of the metrics that all of them gave, and what the server's state says of itself."""
         facts = described(self._setup.played, self._progress.state)
         numbers = {"num-models": facts["num_models"]} if "num_models" in facts else {}
-        return MetricRecord({**_means(metrics, weights), "num-clients": len(metrics), **numbers})
+        return MetricRecord({**means(metrics, weights), "num-clients": len(metrics), **numbers})
 
     # ------------------------------------------------------------ evaluation
 
@@ -339,21 +324,21 @@ class FedMergeStrategy(Strategy):
             if message.has_error():
                 self._tell_failure(message)
             elif client is not None:
-                count, metrics[self._nodes.keys[client]] = _metrics_of(message)
+                count, metrics[self._nodes.keys[client]] = metrics_of(message)
                 weights[self._nodes.keys[client]] = count if isinstance(count, int) and count > 0 else 0
         if not metrics:
             return None
         self.history.evaluate[server_round] = metrics
         if not all(weights.values()):
             weights = dict.fromkeys(metrics, 1)
-        return MetricRecord({**_means(metrics, weights), "num-clients": len(metrics)})
+        return MetricRecord({**means(metrics, weights), "num-clients": len(metrics)})
 
     def summary(self) -> None:
         """Says what runs."""
         setup = self._setup
         log.info(
             "method %s, %d clients, %d numbers",
-            _name_of(setup),
+            name_of(setup),
             setup.facts.num_clients,
             setup.layout.num_params,
         )
@@ -423,99 +408,3 @@ def _refuse_numbers(num_clients: int, min_nodes: int, patience: float, query_sec
     ]
     if faults:
         raise UsageError(together(faults))
-
-
-def _method_of(method: str | Mapping[str, Any] | Algorithm[Any]) -> Algorithm[Any]:
-    if not isinstance(method, (str, Mapping)):
-        return method
-    faults: list[str] = []
-    table = {"name": method} if isinstance(method, str) else method
-    found: Algorithm[Any] | None = ALGORITHMS.build(table, "method", faults)
-    if found is None:
-        raise UsageError(together(faults))
-    return found
-
-
-def _begun(method: Algorithm[Any], model: Any, num_clients: int, options: RunOptions) -> tuple[Setup, Progress]:
-    """Network, layout and first state."""
-    if not isinstance(model, nn.Module):
-        if not callable(model):
-            raise UsageError(
-                f"model: got a {type(model).__name__}; expected a torch.nn.Module, or a function or class that makes "
-                "one without arguments"
-            )
-        model = partial(_made, model)
-    names = [str(i) for i in range(num_clients)]
-    setup = setup_without_examples(method, model, LocalTraining(), options, without_examples(names, ("",), None))
-    _refuse_private(setup)
-    draw = drawer(model, setup.data, options.seed, setup.layout, options.dtype)
-    state = setup.played.init(draw, setup.facts, options.seed)
-    fleet = Fleet(((),) * num_clients, (torch.empty(0),) * num_clients, options.buffers, setup.layout.num_trainable)
-    return setup, Progress(state, fleet, 0)
-
-
-def _name_of(setup: Setup) -> str:
-    return ALGORITHMS.name_of(setup.algorithm)
-
-
-def _refuse_private(setup: Setup) -> None:
-    """What a private method promises depends on what its clients do."""
-    travels = travelling(setup.layout, setup.options.keep)
-    try:
-        promised = (
-            privacy_of(setup.algorithm, setup.played, travels, setup.options, setup.facts.num_clients) is not None
-        )
-    except UsageError:  # it would, under other options
-        promised = True
-    if promised:
-        raise UsageError(
-            f"method {_name_of(setup)!r} promises privacy, which depends on what clients do; use `fedmerge deploy`, "
-            "whose clients do it"
-        )
-
-
-def _made(model: Any) -> nn.Module:
-    """Hides the signature of a user's function, which is called without arguments."""
-    found: nn.Module = model()
-    return found
-
-
-def _reply_of(message: Message, asked: _Asked) -> tuple[Reply, Metrics]:
-    """What a client sent, as the gate takes it, and its metrics."""
-    count, metrics = _metrics_of(message)
-    records = list(message.content.array_records.values())
-    tensors: Any = f"{len(records)} array records"
-    if len(records) == 1:
-        try:
-            tensors = tensors_of(records[0])
-        except FedmergeError as error:
-            tensors = str(error)
-    about, number = message.metadata, message.metadata.group_id
-    return (
-        Reply(
-            run=str(about.run_id),
-            round=int(number) if number.isascii() and number.isdigit() and len(number) < 19 else number,
-            client=asked.clients.get(about.src_node_id),
-            num_examples=count,
-            tensors=tensors,
-        ),
-        metrics,
-    )
-
-
-def _metrics_of(message: Message) -> tuple[Any, Metrics]:
-    """The number of examples as it was given, whole if it is, and the other single numbers of all metric records."""
-    found: dict[str, Any] = {}
-    for record in message.content.metric_records.values():
-        found.update({name: value for name, value in record.items() if isinstance(value, (int, float))})
-    count = found.pop(NUM_EXAMPLES, None)
-    if isinstance(count, float) and count.is_integer():
-        count = int(count)
-    return count, {name: float(value) for name, value in found.items()}
-
-
-def _means(metrics: Mapping[str, Metrics], weights: Mapping[str, int]) -> Metrics:
-    """Means over clients, by weight, of what all of them measured."""
-    common = set.intersection(*(set(own) for own in metrics.values())) if metrics else set()
-    total = sum(weights[key] for key in metrics)
-    return {name: sum(weights[key] * own[name] for key, own in metrics.items()) / total for name in sorted(common)}
