@@ -16,7 +16,7 @@ file beside a ``pyproject.toml`` and say ``flwr run . --stream --federation-conf
     clientapp = "flower_strategy:client"
 
     [tool.flwr.app.config]
-    rounds = 10
+    rounds = 20
 
 All but `FedMergeStrategy` and `tell_client_key` is plain Flower. On machines of their own, clients are told apart by
 ``flower-supernode ... --node-config 'client-key="clinic-a" partition-id=0 num-partitions=10'``.
@@ -38,7 +38,8 @@ from fedmerge.deploy.flower.nodes import tell_client_key
 from fedmerge.deploy.flower.strategy import FedMergeStrategy
 
 CLIENTS = 10
-server, client = ServerApp(), ClientApp()
+server = ServerApp()
+client = ClientApp()
 client.query()(tell_client_key)
 
 
@@ -78,7 +79,7 @@ def train(message: Message, context: Context) -> Message:
         loss = cross_entropy(module(x[batch]), y[batch]) + float(config["proximal-mu"]) / 2 * pulled  # type: ignore[arg-type]
         loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
-    metrics = MetricRecord({"num-examples": len(x), "loss": float(loss)})
+    metrics = MetricRecord({"num-examples": len(x), "loss": float(loss.detach())})
     return Message(RecordDict({"arrays": ArrayRecord(module.state_dict()), "metrics": metrics}), reply_to=message)
 
 
