@@ -200,6 +200,37 @@ def test_a_newcomer_brings_its_own_output_layer_where_the_sites_keep_theirs(tmp_
     assert done.test.accuracy is not None
 
 
+def test_a_newcomer_with_fewer_classes_keeps_the_frozen_factors_of_the_run(tmp_path: Path) -> None:
+    """With another output layer the network would draw others: they are in the model's own file."""
+    pytest.importorskip("peft")
+    import tiny_models  # noqa: PLC0415 - needs the extra
+
+    base, names = str(tiny_models.tiny_bert(tmp_path / "base")), ("bad", "good", "odd")
+    model = {"name": "hf", "path": base, "max_length": 16, "rank": 4, "train_a": False}
+    data = {"class_names": names, "shape": [16], "dtype": "tokens", "text_column": "text"}
+    federation = write_federation(tmp_path / "f", NAMES, model=model, data=data, keep=["head"], rounds=1)
+    words, rng = tiny_models.SENTENCES, np.random.default_rng(5)
+    texts = [" ".join(rng.permutation(words[k % len(words)].split())) for k in range(30)]
+
+    def give(folder: Path, classes: tuple[str, ...]) -> SiteConfig:
+        lines = [f"{text},{classes[ord(text[0]) % len(classes)]}" for text in texts]
+        (folder / "data.csv").write_text("\n".join(["text,label", *lines]))
+        toml = {"name": folder.name, "server": "127.0.0.1:9092", "data": {"path": "data.csv"}}
+        (folder / "site.toml").write_text(tomli_w.dumps(toml))
+        return read_site(folder)
+
+    for name in NAMES:
+        give(federation.folder / "sites" / name, names)
+    serve(federation, HereLink(federation), clock=SlowClock().clock())
+    (tmp_path / "new").mkdir()
+    done = join(make_offer(federation.run_folder, tmp_path / "o").folder, give(tmp_path / "new", ("bad", "odd")))
+    found = read_site_model(tmp_path / "new")
+    assert found.class_names == ("bad", "odd")
+    with torch.no_grad():
+        inputs = torch.from_numpy(found.terms.model.encoder().encode(texts, None, ()).inputs)
+        assert torch.equal(found.predict(texts).probabilities, done.onboarded.module()(inputs).softmax(dim=1))
+
+
 # ---------------------------------------------------------------- offers are not believed
 
 

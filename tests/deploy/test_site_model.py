@@ -235,7 +235,7 @@ def test_a_fault_while_writing_keeps_the_earlier_model(site: Path, tmp_path: Pat
         ("class_names", ["0", "1"], "class names"),
         ("form", ["os:system", ["tensor"]], "no tuple of this method"),
         ("form", ["fedmerge.core.protocol:Update", ["tensor"]], "no way to combine networks"),
-        ("form", ["fedmerge.core.ensemble:Mixture", ["tensor"], ["tensor"]], "does not hold the parts"),
+        ("form", ["fedmerge.core.ensemble:Mixture", ["tensor"], ["tensor"]], "parts of several networks"),
         ("extra", 1, "extra"),
     ],
 )

@@ -28,10 +28,10 @@ from fedmerge.deploy.site_data import by_name, fitted, owned
 from fedmerge.deploy.site_model import FOLDER, NOTE, ModelNote, client_of_note, put_back, read_note
 from fedmerge.deploy.trees import tree_from
 from fedmerge.experiment.federation import encoder_of, make_module
-from fedmerge.experiment.serving import Serving, refuse_larger, refuse_other_draw
+from fedmerge.experiment.serving import Serving, frozen_draw, refuse_larger
 from fedmerge.experiment.simulation import one_thread
 from fedmerge.exporting import KINDS, Client, Exported, export_client
-from fedmerge.exporting.ensembles import TENSORS, member_prefix, vectors_of
+from fedmerge.exporting.ensembles import DRAWN, TENSORS, drawn_factors, member_prefix, vectors_of
 from fedmerge.models._adapted import Adapted
 from fedmerge.training import one_pass
 from fedmerge.training.scores import tally
@@ -133,7 +133,7 @@ class SiteModel:
         with one_thread():
             setup = self.client.trained.setup
             found = setup.engine.map(tally, [(self.client.personal, one_pass(examples))])[0]
-        return Scored(float(found.right / found.count), float(found.loss / found.count), int(found.count))
+        return Scored(float(found.right / found.networks), float(found.loss / found.networks), int(found.networks))
 
     def export(self, kind: str | None, out: Path | str) -> Exported:
         """Writes the model for other programs, with a card.
@@ -284,9 +284,7 @@ def _module(note: ModelNote, terms: Terms, folder: Path) -> nn.Module:
     serving = Serving(dict(plain), terms.training, options, schema.form, note.frozen_draw or None)
     refuse_larger(serving, schema.input_shape, schema.num_classes, path.stat().st_size, folder)
     data = schema.without_examples([note.site])
-    module = make_module(terms.model, data, options.seed, dtype=options.dtype)
-    refuse_other_draw(serving, module, folder)
-    return module
+    return make_module(terms.model, data, options.seed, dtype=options.dtype)
 
 
 def _read_personal(
@@ -294,32 +292,60 @@ def _read_personal(
 ) -> tuple[nn.Module, Personal]:
     """The network with all values that the file holds, and the model."""
     form, path = list(note.form), folder / TENSORS
-    tensors = read_tensors(path)
-    ensemble = None if form == ["tensor"] else _fields_of(form, terms, path)
-    count = 0
-    if ensemble is not None:
-        numbers = {name.split(".")[1] for name in tensors if name.startswith("networks.") and name.count(".") > 1}
-        count = len(numbers)
-    own = _own_forms(module, layout)
-    expected: Forms = (
-        own if ensemble is None else {member_prefix(k) + name: form for k in range(count) for name, form in own.items()}
-    )
-    combining = {name: tensor for name, tensor in tensors.items() if name.startswith("ensemble.")}
-    wanted = {} if ensemble is None else {f"ensemble.{name}": None for name in ensemble if name != "models"}
-    if combining.keys() != wanted.keys() or (ensemble is not None and not count):
-        raise FedmergeError(f"{path} is damaged: it does not hold the parts of {form[0]}; get the model again")
-    read_tensors(path, forms={**expected, **{n: (tuple(t.shape), t.dtype) for n, t in combining.items()}})
+    fields = None if form == ["tensor"] else _fields_of(form, terms, path)
+    found = _tensors(path, module, layout, fields)
+    with torch.no_grad():
+        for name, factor in drawn_factors(module).items():
+            factor.copy_(found.tensors[DRAWN + name])
+    if (frozen_draw(module) or "") != note.frozen_draw:
+        raise FedmergeError(f"{path} is damaged: its frozen factors are not those of {NOTE}; get the model again")
+    vectors = vectors_of(found.tensors, found.networks, layout)
+    if not isinstance(module, Adapted):
+        prefix = member_prefix(0) if found.networks else ""
+        module = copy.deepcopy(module)
+        module.load_state_dict({name: found.tensors[prefix + name] for name in _own_forms(module, layout)})
+    if fields is None:
+        return module, vectors[0]
+    leaves = [torch.stack(vectors) if name == "models" else found.tensors[f"ensemble.{name}"] for name in fields]
+    return module, tree_from(form, leaves, modules=(type(terms.method).__module__,))
+
+
+class _Found(NamedTuple):
+    """Tensors of a file that has all it should, and the number of networks; 0 for a model that is one."""
+
+    tensors: dict[str, Tensor]
+    networks: int
+
+
+def _tensors(path: Path, module: nn.Module, layout: Layout, fields: tuple[str, ...] | None) -> _Found:
+    """What the file holds: each tensor of every network, drawn factors, and what combines several; no more.
+
+    Args:
+        path: Of the file.
+        module: The network.
+        layout: Of the module.
+        fields: Of an ensemble; None for one network.
+
+    Raises:
+        FedmergeError: naming what is missing, superfluous or not finite.
+    """
+    tensors, own = read_tensors(path), _own_forms(module, layout)
+    numbers = {name.split(".")[1] for name in tensors if name.startswith("networks.") and name.count(".") > 1}
+    count = 0 if fields is None else len(numbers)
+    combining = [f"ensemble.{name}" for name in fields or () if name != "models"]
+    if fields is not None and not (count and {*combining} <= {*tensors}):
+        raise FedmergeError(f"{path} is damaged: it does not hold the parts of several networks; get the model again")
+    prefixes = [""] if fields is None else [member_prefix(k) for k in range(count)]
+    drawn = {DRAWN + name: (tuple(each.shape), each.dtype) for name, each in drawn_factors(module).items()}
+    forms: Forms = {
+        **{prefix + name: form for prefix in prefixes for name, form in own.items()},
+        **{name: (tuple(tensors[name].shape), tensors[name].dtype) for name in combining},
+        **drawn,
+    }
+    tensors = read_tensors(path, forms=forms)
     if any(tensor.is_floating_point() and not tensor.isfinite().all() for tensor in tensors.values()):
         raise FedmergeError(f"{path} is damaged: it holds numbers that are not finite; get the model again")
-    vectors = vectors_of(tensors, count, layout)
-    if not isinstance(module, Adapted):
-        prefix = member_prefix(0) if count else ""
-        module = copy.deepcopy(module)
-        module.load_state_dict({name: tensors[prefix + name] for name in own})
-    if ensemble is None:
-        return module, vectors[0]
-    leaves = [torch.stack(vectors) if name == "models" else combining[f"ensemble.{name}"] for name in ensemble]
-    return module, tree_from(form, leaves, modules=(type(terms.method).__module__,))
+    return _Found(tensors, count)
 
 
 def _own_forms(module: nn.Module, layout: Layout) -> Forms:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedmerge.core.ensemble import Additive, Ensemble, Gated, Mixture, members
 from fedmerge.core.vector import Layout
@@ -16,6 +16,7 @@ from fedmerge.exporting.files import write_tensors
 from fedmerge.models._adapted import Adapted
 
 TENSORS = "model.safetensors"
+DRAWN = "drawn."
 _COMBINING: dict[type, tuple[str, str]] = {
     Mixture: (
         "probabilities are averaged; outputs are their logarithms",
@@ -49,17 +50,29 @@ def personal_tensors(client: Client) -> dict[str, Tensor]:
     """Everything of a client's model by name: what ``model.safetensors`` of its own folder holds.
 
     Of one small network its ``state_dict``; of an adapted one what was trained. Of several networks the same of each
-    below `member_prefix`, and what combines them as ``ensemble.<field>``.
+    below `member_prefix`, and what combines them as ``ensemble.<field>``. Factors of adapters that were drawn and never
+    trained stand beside them as ``drawn.<name>``: another torch may draw others.
     """
     vectors = members(client.personal)
+    drawn = {DRAWN + name: factor for name, factor in drawn_factors(client.trained.module).items()}
     if isinstance(client.personal, Tensor):
-        return _network_tensors(client, vectors[0])
+        return {**_network_tensors(client, vectors[0]), **drawn}
     found = {
         member_prefix(k) + name: tensor
         for k, vector in enumerate(vectors)
         for name, tensor in _network_tensors(client, vector).items()
     }
-    return {**found, **{f"ensemble.{name}": tensor for name, tensor in combining_tensors(client.personal).items()}}
+    combining = {f"ensemble.{name}": tensor for name, tensor in combining_tensors(client.personal).items()}
+    return {**found, **combining, **drawn}
+
+
+def drawn_factors(module: nn.Module) -> dict[str, Tensor]:
+    """The factors A of LoRA that a network drew and never trains, by name; see `serving.frozen_draw`."""
+    return {
+        name: parameter.detach()
+        for name, parameter in module.named_parameters()
+        if ".lora_A." in name and not parameter.requires_grad
+    }
 
 
 def _network_tensors(client: Client, vector: Tensor) -> dict[str, Tensor]:
