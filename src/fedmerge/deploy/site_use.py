@@ -133,7 +133,7 @@ class SiteModel:
         with one_thread():
             setup = self.client.trained.setup
             found = setup.engine.map(tally, [(self.client.personal, one_pass(examples))])[0]
-        return Scored(float(found.right / found.networks), float(found.loss / found.networks), int(found.networks))
+        return Scored(float(found.right / found.count), float(found.loss / found.count), int(found.count))
 
     def export(self, kind: str | None, out: Path | str) -> Exported:
         """Writes the model for other programs, with a card.
