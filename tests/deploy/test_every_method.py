@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import save
 from small_deployment import HereLink, SlowClock, write_federation
 
 from fedmerge.algorithms import ALGORITHMS
@@ -13,6 +15,7 @@ from fedmerge.core.tensor_files import read_tensors
 from fedmerge.deploy.rehearsal import rehearse
 from fedmerge.deploy.server import serve
 from fedmerge.experiment.record import read_run
+from tiny_models import SENTENCES, tiny_bert
 
 METHODS = [name for name in ALGORITHMS if name != "oracle"]
 
@@ -80,6 +83,28 @@ def test_batch_normalisation_keeps_its_policy_on_a_network(tmp_path, policy):
     serve(federation, HereLink(federation), clock=SlowClock().clock())
     here = rehearse(federation).record
     assert [line.test for line in read_run(federation.run_folder).rounds] == [line.test for line in here.rounds]
+
+
+def test_adapters_of_a_pretrained_model_run_on_a_network(tmp_path):
+    rng = np.random.default_rng(5)
+    model = {"name": "hf", "path": tiny_bert(tmp_path / "bert"), "layers": 1, "max_length": 12}
+    names = ("a", "b", "c")
+    schema = {"class_names": ["bad", "good"], "dtype": "tokens", "text_column": "text", "shape": [12]}
+    options = {"model": model, "data": schema, "keep": ["head"], "rounds": 2, "training": {"batch_size": 8}}
+    federation = write_federation(tmp_path / "f", names=names, **options)
+    for name in names:
+        rows = [
+            f"{SENTENCES[k % len(SENTENCES)]} {SENTENCES[rng.integers(8)]},{('bad', 'good')[k % 2]}" for k in range(30)
+        ]
+        site = tmp_path / "f/sites" / name
+        (site / "data.csv").write_text("\n".join(["text,label", *rows]) + "\n")
+        (site / "site.toml").write_text((site / "site.toml").read_text().replace("data.npz", "data.csv"))
+    serve(federation, HereLink(federation), clock=SlowClock().clock())
+    rehearse(federation, tmp_path / "here")
+    wanted, got = (read_tensors(folder / "last.safetensors") for folder in (tmp_path / "here", federation.run_folder))
+    assert save(got) == save({name: wanted[name] for name in got})  # NaN is a value like others
+    records = [read_run(folder) for folder in (tmp_path / "here", federation.run_folder)]
+    assert [line.test for line in records[0].rounds] == [line.test for line in records[1].rounds]
 
 
 def test_a_method_that_must_know_the_groups_is_refused(tmp_path):

@@ -100,7 +100,7 @@ def write_blueprint(folder: Path | str, blueprint: Blueprint) -> Roster:
         _write_site_file(place / "sites" / name, name, blueprint.address, blueprint.site_data.get(name))
     roster = read_roster(place)
     write_atomically(place / FLOWER_HOME / "config.toml", _flower_text(roster))
-    write_atomically(place / APP / "pyproject.toml", _app_text(place))
+    write_atomically(place / APP / "pyproject.toml", app_text(place))
     _write_starters(roster)
     return roster
 
@@ -272,7 +272,7 @@ def _flower_text(roster: Roster) -> str:
     return tomli_w.dumps({"superlink": {"default": CONNECTION, CONNECTION: connection}})
 
 
-def _app_text(folder: Path) -> str:
+def app_text(folder: Path) -> str:
     """The app that Flower is given: it has no code, it names the code that is installed."""
     return tomli_w.dumps(
         {

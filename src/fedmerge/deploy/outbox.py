@@ -22,8 +22,10 @@ from fedmerge.runtime import first_fleet
 from fedmerge.runtime.rounds import ClientRound
 from fedmerge.training import Planned
 
-MOST_BYTES = 1 << 30
+MOST_BYTES = 1 << 29
 """Of messages that are made at once."""
+FEWEST = 16
+"""Messages that are made at once, if there are so many sites."""
 _EXAMPLES = 4
 """Of the made-up site that shows what an update looks like; normalisation over a batch needs several."""
 
@@ -31,8 +33,8 @@ _EXAMPLES = 4
 class Outbox:
     """The messages of a round to some clients, a block of them in memory at a time.
 
-    Blocks have two clients at least, if there are two: products of matrices round single rows differently, and what a
-    site gets must not depend on how many messages fit into memory.
+    Products of matrices round a row alike whatever rows stand beside it, but not where there are only a few: of 16
+    and more, all rows had the bits that they have among all. So a block has that many, and the last one overlaps.
 
     Args:
         setup: Of the run.
@@ -45,15 +47,13 @@ class Outbox:
         self._setup, self._state, self._clients = setup, state, list(clients)
         self._place = {client: place for place, client in enumerate(self._clients)}
         each = max(1, setup.played.cost(state).bytes_down)
-        self._size = max(2, most_bytes // each)
+        self._size = max(FEWEST, most_bytes // each)
         self._start, self._made = -1, None
 
     def of(self, client: int) -> Any:
         """What one client gets: a tree of tensors."""
         place = self._place[client]
-        start = place - place % self._size
-        if start + 1 == len(self._clients) and start:  # no block of one
-            start -= 1
+        start = min(place - place % self._size, max(0, len(self._clients) - self._size))
         if start != self._start:
             block = torch.tensor(self._clients[start : start + self._size], dtype=torch.int64)
             self._start, self._made = start, self._setup.played.send(self._state, block)

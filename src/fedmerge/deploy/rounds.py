@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 from fedmerge.core.files import make_folder
 from fedmerge.core.protocol import deliver
-from fedmerge.core.replies import Expected, check_of, reasons_text
+from fedmerge.core.replies import Expected, check_of
+from fedmerge.core.text import shortened
 from fedmerge.deploy.messages import Letter, Order
 from fedmerge.deploy.office import Office, note_reports
 from fedmerge.deploy.outbox import Outbox, lettered
@@ -47,7 +48,8 @@ def next_round(office: Office) -> None:
     cohort = () if turned_out is None else turned_out.cohort
     tray = _tray(office, number, cohort)
     asked = office.living if evaluate else cohort
-    bytes_down = _ask(office, number, cohort, asked, tray, 0 if turned_out is None else turned_out.quorum)
+    quorum = 0 if turned_out is None or not cohort else turned_out.quorum
+    bytes_down = _ask(office, number, cohort, asked, tray, quorum, evaluate=evaluate)
     refuse_divergence(tray.refusals, len(cohort))
     note_reports(office)
     line = _complete(office, tray, evaluate=evaluate)
@@ -113,13 +115,21 @@ def _tray(office: Office, number: int, cohort: Sequence[int]) -> Tray:
     return Tray(expected, {name: i for i, name in enumerate(names)}, office.post.board, spool, office.post.reports)
 
 
-def _ask(office: Office, number: int, cohort: Sequence[int], asked: Collection[int], tray: Tray, quorum: int) -> int:
+def _ask(
+    office: Office,
+    number: int,
+    cohort: Sequence[int],
+    asked: Collection[int],
+    tray: Tray,
+    quorum: int,
+    *,
+    evaluate: bool,
+) -> int:
     """Sends the messages of a round and waits for what comes back; bytes sent to the cohort."""
     setup, names, state = office.setup, office.plan.federation.names, office.journey.last.state
     others = [i for i in asked if i not in set(cohort)]
     boxes = {i: box for some in (cohort, others) if some for box in [Outbox(setup, state, some)] for i in some}
     since, selected = office.since(), office.since_selected()
-    evaluate = len(asked) > len(cohort) or is_evaluated(setup.options, number - 1)
     rate = rate_of_round(setup.training, min(number, setup.options.rounds), setup.options.rounds)
     terms, sent = office.plan.federation.terms.plain(), dict.fromkeys(cohort, 0)
 
@@ -145,7 +155,9 @@ def _ask(office: Office, number: int, cohort: Sequence[int], asked: Collection[i
 
     letters: dict[str, Callable[[], Letter]] = {names[i]: partial(letter, i) for i in asked}
     counts = _counter(tray, cohort)
-    office.post.ask(Asking("round", f"round {number}", letters, counts, quorum if cohort else 0))
+    missing = office.post.ask(Asking("round", f"round {number}", letters, counts, quorum))
+    for name, why in sorted(missing.items()):
+        log.warning("round %d goes on without %s: %s", number, name, shortened(why, 500))
     return sum(sent.values())
 
 
@@ -190,5 +202,3 @@ def _tell(office: Office, tray: Tray) -> None:
     office.post.board.reached(number)
     scored = "" if line.validation is None else f"; round {line.round} scored {line.validation.mean_accuracy():.4f}"
     log.info("round %d of %d: %d replies%s", number, office.setup.options.rounds, len(tray.admitted), scored)
-    if tray.refusals:
-        log.warning("round %d: replies refused: %s; %s", number, reasons_text(tray.refusals), tray.refusals[0].detail)

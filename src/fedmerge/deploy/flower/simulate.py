@@ -34,7 +34,7 @@ from fedmerge.core.files import make_folder, write_atomically
 from fedmerge.core.text import printable, shortened
 from fedmerge.deploy import marks
 from fedmerge.deploy.address import free_port
-from fedmerge.deploy.blueprint import APP, CONNECTION, FLOWER_HOME, SITE_FILE, _app_text
+from fedmerge.deploy.blueprint import APP, CONNECTION, FLOWER_HOME, SITE_FILE, app_text
 from fedmerge.deploy.deployment import read_deployment
 from fedmerge.deploy.federation import FILE, FederationConfig, read_federation
 from fedmerge.deploy.operate import LOGS, is_done
@@ -236,7 +236,7 @@ def _staged(federation: FederationConfig, stage: Path, port: int) -> FederationC
     make_folder(stage / FLOWER_HOME)
     write_atomically(stage / FLOWER_HOME / "config.toml", tomli_w.dumps(flower))
     make_folder(stage / APP)
-    write_atomically(stage / APP / "pyproject.toml", _app_text(stage))
+    write_atomically(stage / APP / "pyproject.toml", app_text(stage))
     return read_federation(stage)
 
 

@@ -1,0 +1,42 @@
+"""What a site gets does not depend on how many messages fit into memory."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from small_deployment import write_federation
+
+from fedmerge.deploy.outbox import FEWEST, Outbox
+from fedmerge.deploy.plan import plan_of
+
+
+@pytest.mark.parametrize("sites", [5, 15, 16, 17, 33])
+@pytest.mark.parametrize("method", [{"name": "fedmerge", "num_models": 3, "initial": "noise"}, {"name": "ifca"}])
+def test_messages_are_the_same_in_blocks_of_any_size(tmp_path, sites, method):
+    names = tuple(f"s{place:02d}" for place in range(sites))
+    options = {"method": method, "model": {"name": "mlp", "hidden": [60]}}
+    plan = plan_of(write_federation(tmp_path / "f", names=names, **options))
+    clients = range(sites)
+    whole = plan.setup.played.send(plan.start.state, torch.arange(sites))
+    blocks = Outbox(plan.setup, plan.start.state, clients, most_bytes=1)
+    for client in [*clients, 0, sites - 1, 1]:
+        assert torch.equal(blocks.of(client), whole[client])
+
+
+def test_a_block_is_never_a_few_rows(tmp_path):
+    names = tuple(f"s{place:02d}" for place in range(FEWEST + 1))
+    plan = plan_of(write_federation(tmp_path / "f", names=names))
+    sent, played = [], plan.setup.played
+
+    class Watched:
+        cost = played.cost
+
+        @staticmethod
+        def send(state, clients):
+            sent.append(len(clients))
+            return played.send(state, clients)
+
+    box = Outbox(replace(plan.setup, played=Watched), plan.start.state, range(FEWEST + 1), most_bytes=1)
+    for client in range(FEWEST + 1):
+        box.of(client)
+    assert sent == [FEWEST, FEWEST]
