@@ -372,3 +372,16 @@ def test_nginx_accepts_its_configuration(written):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "[warn]" not in done.stderr
+
+
+def test_a_forgotten_site_has_no_key_no_service_and_keeps_its_place(folder):
+    place = folder
+    text = (place / "federation.toml").read_text()
+    (place / "federation.toml").write_text(f'{text}forgotten-1 = ""\n')
+    roster = read_roster(place)
+    assert "forgotten-1" not in roster.sites
+    assert roster.forgotten == ("forgotten-1",)
+    add_site(place, "late")
+    assert read_roster(place).forgotten == ("forgotten-1",)
+    with pytest.raises(UsageError, match="forgotten-2"):
+        add_site(place, "forgotten-2")

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 import secrets
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from fedmerge.core.errors import FedmergeError, together
 from fedmerge.core.files import write_atomically
 from fedmerge.core.options import build_options
 from fedmerge.core.strict_json import parse_json_table, read_bounded
+from fedmerge.deploy.federation import FederationConfig
 
 FILE = "deployment.json"
 
@@ -66,3 +67,11 @@ def read_deployment(folder: Path) -> Deployment | None:
     if found is None:
         raise FedmergeError(f"{path} is damaged: {together(faults)}; the run cannot go on, make it again")
     return found
+
+
+def scaled(federation: FederationConfig, deployment: Deployment) -> FederationConfig:
+    """The federation with the scale of inputs that its run found, where that was left open."""
+    terms = federation.terms
+    if not terms.schema.needs_moments or not deployment.mean:
+        return federation
+    return replace(federation, terms=replace(terms, schema=terms.schema.with_scale(deployment.mean, deployment.std)))

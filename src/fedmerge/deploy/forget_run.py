@@ -14,7 +14,7 @@ from fedmerge.core.errors import FedmergeError, UsageError
 from fedmerge.core.files import write_atomically
 from fedmerge.core.protocol import own_name
 from fedmerge.core.tensor_files import read_tensor_file
-from fedmerge.deploy.deployment import Deployment, read_deployment, write_deployment
+from fedmerge.deploy.deployment import Deployment, read_deployment, scaled, write_deployment
 from fedmerge.deploy.federation import FILE, FederationConfig, tombstone
 from fedmerge.deploy.forget_state import client_axes, forgotten_state, mixed_parts
 from fedmerge.deploy.office import bases
@@ -175,14 +175,6 @@ _REMOVED = (
 def _told_axes(axes: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:
     names = [own_name(name) for name in axes]
     return (f"its place in what the server keeps of each client: {', '.join(names)}",) if names else ()
-
-
-def scaled(federation: FederationConfig, deployment: Deployment) -> FederationConfig:
-    """The federation with the scale of inputs that its run found, where that was left open."""
-    terms = federation.terms
-    if not terms.schema.needs_moments or not deployment.mean:
-        return federation
-    return replace(federation, terms=replace(terms, schema=terms.schema.with_scale(deployment.mean, deployment.std)))
 
 
 def with_tombstone(federation: FederationConfig, client: int) -> FederationConfig:

@@ -30,9 +30,8 @@ from fedmerge.core.strict_json import parse_json_table, read_bounded
 from fedmerge.core.tensor_files import read_tensors
 from fedmerge.data import Examples
 from fedmerge.deploy.client import WAIT
-from fedmerge.deploy.deployment import read_deployment
+from fedmerge.deploy.deployment import read_deployment, scaled
 from fedmerge.deploy.federation import Terms, is_tombstone, read_federation, terms_of
-from fedmerge.deploy.forget_run import scaled
 from fedmerge.deploy.messages import Score
 from fedmerge.deploy.private_state import site_held
 from fedmerge.deploy.site import SiteConfig

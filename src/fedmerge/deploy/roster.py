@@ -15,7 +15,7 @@ from fedmerge.core.errors import UsageError, together
 from fedmerge.core.files import write_atomically
 from fedmerge.core.options import build_options
 from fedmerge.core.text import brief
-from fedmerge.deploy.federation import FILE, SITE_NAME, DeployOptions, is_site_name
+from fedmerge.deploy.federation import FILE, SITE_NAME, DeployOptions, is_site_name, is_tombstone
 from fedmerge.experiment.config import read_toml
 
 if sys.version_info >= (3, 11):
@@ -39,12 +39,15 @@ class Roster:
     Attributes:
         folder: The federation's, absolute.
         deploy: Addresses.
-        sites: Public key by name, in the order of their names; texts are empty without keys.
+        sites: Public key by name, in the order of their names; texts are empty without keys. Not those that were
+            forgotten.
+        forgotten: Names that stand for them in the file.
     """
 
     folder: Path
     deploy: DeployOptions
     sites: Mapping[str, str]
+    forgotten: tuple[str, ...] = ()
 
     @property
     def link(self) -> str:
@@ -70,12 +73,14 @@ def read_roster(folder: Path | str) -> Roster:
     table = read_toml(path)
     faults: list[str] = []
     deploy = build_options(DeployOptions, _inner(table, "deploy", faults), "deploy", faults)
-    sites = _inner(table, "sites", faults)
+    listed = _inner(table, "sites", faults)
+    sites = {name: key for name, key in listed.items() if not is_tombstone(name)}
     faults += name_faults("", tuple(sites))
     faults += [f"sites.{n}: got {brief(key)}; expected a text" for n, key in sites.items() if not isinstance(key, str)]
     if deploy is None or faults:
         raise UsageError(f"{path}:\n{together(faults)}")
-    return Roster(place, deploy, {name: sites[name] for name in sorted(sites)})
+    forgotten = tuple(name for name in listed if is_tombstone(name))
+    return Roster(place, deploy, {name: sites[name] for name in sorted(sites)}, forgotten)
 
 
 def name_faults(name: str, sites: Sequence[str]) -> list[str]:
@@ -83,7 +88,7 @@ def name_faults(name: str, sites: Sequence[str]) -> list[str]:
     faults = [] if name.isprintable() else [f"name: got {brief(name)}; expected characters that can be seen"]
     seen: set[str] = set()
     for site in sites:
-        if not is_site_name(site):
+        if not is_site_name(site) or is_tombstone(site):
             faults.append(f"sites: got the name {brief(site)}; expected {SITE_NAME}")
         if site.casefold() in seen:
             faults.append(f"sites: got {brief(site)} twice; capitals do not count, because names are folders")
@@ -102,7 +107,7 @@ def write_federation(folder: Path, text: str, sites: Sequence[str]) -> None:
 def change_sites(roster: Roster, sites: Mapping[str, str]) -> None:
     """Writes another table of sites; what else the file says, and its comments, stay."""
     path = roster.folder / FILE
-    text = _text_with_sites(path.read_text(encoding="utf-8"), sites)
+    text = _text_with_sites(path.read_text(encoding="utf-8"), {**sites, **dict.fromkeys(roster.forgotten, "")})
     write_federation(roster.folder, text, tuple(sites))
 
 

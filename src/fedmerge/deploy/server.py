@@ -16,7 +16,7 @@ from fedmerge.core.errors import FedmergeError, UsageError
 from fedmerge.core.files import make_folder
 from fedmerge.core.memory import keep_freed
 from fedmerge.core.text import shortened
-from fedmerge.deploy.deployment import Deployment, new_deployment, read_deployment, write_deployment
+from fedmerge.deploy.deployment import Deployment, new_deployment, read_deployment, scaled, write_deployment
 from fedmerge.deploy.federation import FederationConfig
 from fedmerge.deploy.handing_over import hand_over, selected_of
 from fedmerge.deploy.link import Link
@@ -26,6 +26,7 @@ from fedmerge.deploy.office import note_reports, open_office
 from fedmerge.deploy.plan import Plan, plan_of
 from fedmerge.deploy.post import Clock, Post
 from fedmerge.deploy.rounds import REPLIES, next_round
+from fedmerge.deploy.site_model import put_back
 from fedmerge.deploy.status import Board, Status
 from fedmerge.experiment.book import held
 from fedmerge.experiment.execute import close_run
@@ -52,6 +53,7 @@ def serve(federation: FederationConfig, link: Link, *, clock: Clock = STEADY) ->
     """
     keep_freed()
     folder = federation.run_folder
+    put_back(folder)
     make_folder(folder)
     with held(folder), one_thread():
         deployment = _deployment(folder, federation)
@@ -93,8 +95,7 @@ def _scaled(federation: FederationConfig, deployment: Deployment, post: Post) ->
         mean, std = pooled([moments_from_plain(post.reports[name].moments) for name in post.names])
         deployment = replace(deployment, mean=mean, std=std)
         write_deployment(federation.run_folder, deployment)
-    terms = replace(federation.terms, schema=schema.with_scale(deployment.mean, deployment.std))
-    return replace(federation, terms=terms), deployment
+    return scaled(federation, deployment), deployment
 
 
 def _run(plan: Plan, deployment: Deployment, post: Post) -> None:
@@ -111,7 +112,7 @@ def _run(plan: Plan, deployment: Deployment, post: Post) -> None:
             "are there now move the folder away"
         )
     with open_office(plan, deployment, record, post) as office:
-        post.wait_for_reports(plan.federation.deploy.start_with or len(post.names))
+        post.wait_for_reports(min(plan.federation.deploy.start_with or len(post.names), len(post.names)))
         note_reports(office)
         while office.open is not None:
             next_round(office)
