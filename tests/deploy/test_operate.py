@@ -7,6 +7,7 @@ from small_deployment import HereLink, SlowClock, write_federation
 
 from fedmerge.core.errors import FedmergeError
 from fedmerge.deploy import operate
+from fedmerge.deploy.commands import RunEnd
 from fedmerge.deploy.server import serve
 
 
@@ -21,9 +22,9 @@ class Submitting:
         link = self.tries[min(self.made, len(self.tries) - 1)]
         self.made += 1
         if link is None:
-            return "finished:failed"
+            return RunEnd("1", "finished:failed", "killed")
         serve(federation, HereLink(federation, **link), clock=SlowClock().clock())
-        return "finished:completed"
+        return RunEnd("1", "finished:completed")
 
 
 def without_last_model(name, kind, letter):
@@ -62,11 +63,22 @@ def test_a_site_that_is_gone_for_good_does_not_make_the_run_fail(tmp_path, monke
     assert not operate.is_done(federation)
 
 
+def test_a_run_that_was_killed_while_it_waited_for_a_site_is_submitted_again(tmp_path, monkeypatch):
+    submitting = Submitting(monkeypatch, {"tamper": without_last_model}, None, {})
+    federation = write_federation(tmp_path / "f")
+    run(tmp_path / "f")
+    assert operate.is_done(federation)
+    assert submitting.made == 3
+
+
 def test_a_run_that_ends_again_and_again_without_a_reason_is_told(tmp_path, monkeypatch):
     submitting = Submitting(monkeypatch, None)
     write_federation(tmp_path / "f")
     said, waited = [], []
-    with pytest.raises(FedmergeError, match="ended 5 times without coming further than round 0: finished:failed"):
+    with pytest.raises(
+        FedmergeError,
+        match="ended 5 times without coming further than round 0: the run ended before its last round .killed.",
+    ):
         operate.run_until_done(tmp_path / "f", said.append, sleep=waited.append)
     assert submitting.made == 6
     assert waited == sorted(waited)

@@ -87,7 +87,7 @@ def run_until_done(folder: Path | str, tell: Teller, *, sleep: Callable[[float],
         if stopped:
             raise FedmergeError(stopped)
         now, left = _reached(federation), lacking(federation)
-        if left and now <= reached:
+        if left and now <= reached and not isinstance(end, str) and end.exit_status == 0:
             tell(f"the rounds are done; no model yet at {', '.join(left)}: run again when they are there")
             break
         tries, reached = (tries + 1, reached) if now <= reached else (1, now)
