@@ -178,10 +178,10 @@ case("SuperNode killed", "SuperNode and client process of one site, kill -9 whil
     _killed("supernode", "ditto", _kill_supernode, "supernode-site-3 started again")
 )
 case("client process killed", "client process of one site, kill -9 while it trains (ditto)", SAME)(
-    _killed("client", "ditto", _kill_client, "site-3")
+    _killed("client", "ditto", _kill_client, "stopped responding")
 )
 case("SuperLink killed", "SuperLink, kill -9 while sites train", SAME, 600.0)(
-    _killed("superlink", "fedmerge", _kill_superlink, "goes on from there")
+    _killed("superlink", "fedmerge", _kill_superlink, "from where the run stands")
 )
 
 
@@ -210,7 +210,7 @@ def _serverapp(room: Room) -> Found:
         moments.append(f"{len(world.delivered())} of 5 models were handed over")
         kill(world.pids(federation.folder, "flwr-serverapp"))
         world.finished(ENOUGH)
-        told = world.output("up").count("it goes on from there")
+        told = world.output("up").count("from where the run stands")
         faults = [] if told >= 3 else [f"the run was submitted again {told} times, expected 3"]
         found = whole(world, room.undisturbed("ditto"), said="; ".join(moments))
         return replace(found, faults=[*found.faults, *faults])
