@@ -77,7 +77,7 @@ def test_a_run_that_ends_again_and_again_without_a_reason_is_told(tmp_path, monk
     said, waited = [], []
     with pytest.raises(
         FedmergeError,
-        match="ended 5 times without coming further than round 0: the run ended before its last round .killed.",
+        match=r"ended 5 times without coming further than round 0: .*\(killed\)",
     ):
         operate.run_until_done(tmp_path / "f", said.append, sleep=waited.append)
     assert submitting.made == 6
