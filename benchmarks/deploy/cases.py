@@ -244,8 +244,8 @@ def _everything(room: Room) -> Found:
 def _outside(room: Room, name: str, change: Callable[[World], None], seen: Callable[[World], str]) -> Found:
     """A run in which the last site is not let in; the others must end as if it were not there."""
     loss = {"start_with": 4, "deadline": room.deadline}
-    wanted = room.silent(name, lambda *_: False, ("site-5",), deploy=loss)
-    with room.world(room.build(name, deploy=loss)) as world:
+    wanted = room.silent(name, lambda *_: False, ("site-5",), deploy=loss, rounds=2)
+    with room.world(room.build(name, deploy=loss, rounds=2)) as world:
         change(world)
         world.up()
         until(world.is_over, ENOUGH, "the end of the rounds")

@@ -92,7 +92,7 @@ def page(rows: Mapping[str, Row]) -> str:
         "",
         "# A federation that is disturbed",
         "",
-        "Five sites with 60 to 220 training images of digits, a perceptron of 16 units, 3 rounds; fedmerge "
+        "Five sites with 60 to 220 training images of digits, a perceptron of 16 units, 2 or 3 rounds; fedmerge "
         f"{__version__}, flwr {flwr.__version__}, torch {torch.__version__}, Python {platform.python_version()}.",
         "SuperLink, SuperNodes, ServerApp and client processes are Flower's own, on the loopback address (or in",
         "network namespaces), with certificates and node keys. *Equal*: last and selected state of the server and",
