@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from reference import FILES, Silent, Wanted, differences, ended, rehearsed, without
-from world import TAMPERED, Fault, World, kill, made, pause_site, until
+from world import Fault, World, kill, made, pause_site, until
 
 from fedmerge.deploy import identity
 from fedmerge.deploy.blueprint import APP, CONNECTION, FLOWER_HOME
@@ -197,7 +197,7 @@ def _serverapp(room: Room) -> Found:
     for number, name in enumerate(federation.names):
         pause_site(federation.folder / "sites" / name, 1.0 + 3.0 * number)
     with room.world(federation) as world:
-        world.env |= {"PYTHONPATH": str(TAMPERED), "FEDMERGE_TAMPERED": f"slow-disk:{federation.folder / FLOWER_HOME}"}
+        world.tamper("slow-disk", federation.folder)
         world.up()
         moments = []
         until(lambda: 0 < len(world.answered("round 1")) < len(federation.names), 300, "some answers of round 1")
@@ -350,7 +350,7 @@ def _nan(room: Room) -> Found:
     wanted = room.silent("nan", lambda name, kind, number: (name, kind, number) == ("site-5", "round", 2))
     federation = room.build("nan")
     with room.world(federation) as world:
-        world.env |= {"PYTHONPATH": str(TAMPERED), "FEDMERGE_TAMPERED": f"values:{world.site('site-5') / FLOWER_HOME}"}
+        world.tamper("values", world.site("site-5"))
         world.up()
         world.finished(ENOUGH)
         refused = [[dict(refusal) for refusal in line.refused] for line in world.record().rounds]
@@ -367,7 +367,7 @@ def _nan(room: Room) -> Found:
 def _twice(room: Room) -> Found:
     federation = room.build("twice", pause=PAUSE)
     with room.world(federation) as world:
-        world.env |= {"PYTHONPATH": str(TAMPERED), "FEDMERGE_TAMPERED": f"twice:{world.site('site-2') / FLOWER_HOME}"}
+        world.tamper("twice", world.site("site-2"))
         copy = world.folder.parent / "copy"
         shutil.copytree(world.site("site-3"), copy)
         world.up()

@@ -20,7 +20,7 @@ import numpy as np
 
 from fedmerge.deploy import marks
 from fedmerge.deploy.address import free_port
-from fedmerge.deploy.blueprint import Blueprint, write_blueprint
+from fedmerge.deploy.blueprint import FLOWER_HOME, Blueprint, write_blueprint
 from fedmerge.deploy.demo import DATA, demo_names, demo_schema, write_demo_data
 from fedmerge.deploy.deployment import read_deployment
 from fedmerge.deploy.federation import FederationConfig, read_federation
@@ -165,6 +165,11 @@ class World:
         """A site's folder."""
         return self.folder / "sites" / name
 
+    def tamper(self, what: str, where: Path) -> None:
+        """Changes the programs whose Flower home is within a folder, see ``tampered/sitecustomize.py``."""
+        path = os.pathsep.join(filter(None, [str(TAMPERED), self.env.get("PYTHONPATH", "")]))
+        self.env |= {"PYTHONPATH": path, "FEDMERGE_TAMPERED": f"{what}:{where / FLOWER_HOME}"}
+
     # ------------------------------------------------------------ starting and ending
 
     def start(self, name: str, *words: str, before: Sequence[str] = ()) -> None:
@@ -251,7 +256,7 @@ class World:
         """
         found = marks.members([self.program])
         if home is not None:
-            wanted = f"FLWR_HOME={home / 'flower'}".encode()
+            wanted = f"FLWR_HOME={home / FLOWER_HOME}".encode()
             found = {pid for pid in found if wanted in _read(pid, "environ").split(b"\0")}
         return {pid for pid in found if word.encode() in _read(pid, "cmdline")}
 
