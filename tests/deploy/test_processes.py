@@ -20,6 +20,7 @@ from fedmerge.deploy.processes import (
     environment,
     program,
     stop_signals,
+    stop_signals_interrupt,
     superlink_command,
     supernode_command,
     wait_for_superlink,
@@ -167,6 +168,27 @@ def test_two_of_one_name_do_not_run_at_a_time(kept, tmp_path):
     assert lives(pid)
 
 
+KEEPER = """
+import os, signal, sys
+from fedmerge.deploy.processes import Processes
+kept = Processes(sys.argv[1])
+print(kept.start("one", [sys.executable, "-c", sys.argv[2]], env=dict(os.environ), log=sys.argv[3]), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_keeper_left_is_ended_by_the_next_one_with_all_that_it_started(kept, tmp_path):
+    command = [*python(KEEPER), tmp_path / "pids", PARENT, tmp_path / "old.log"]
+    orphan = int(subprocess.run(command, capture_output=True, check=False).stdout)
+    child = int(told(tmp_path / "old.log"))
+    assert lives(orphan)
+    assert lives(child)
+    pid = start(kept, "one", SLEEPER, tmp_path)
+    assert kept.running("one") == pid != orphan
+    assert not lives(orphan)
+    assert not lives(child)
+
+
 @pytest.mark.parametrize(
     "content",
     ["", "x\ny\n", "1\n", f"{os.getpid()}\n0\n", "99999999\n5\n"],
@@ -193,6 +215,7 @@ def test_a_log_has_bounds(kept, tmp_path, monkeypatch):
     kept.check()
     assert log.stat().st_size <= 1000
     assert (tmp_path / "one.log.1").stat().st_size > 1000
+    assert stat.S_IMODE((tmp_path / "one.log.1").stat().st_mode) == 0o600
     until(lambda: log.stat().st_size > 0)
     assert log.read_bytes()[:1] == b"x"  # no hole
 
@@ -213,6 +236,30 @@ def test_signals_to_stop_are_heard_and_given_back():
         os.kill(os.getpid(), signal.SIGTERM)
         assert stopped.wait(5)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_closed_terminal_interrupts_once_and_what_stops_is_left_in_peace():
+    before = signal.getsignal(signal.SIGHUP)
+    with stop_signals_interrupt():
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGHUP)
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGHUP) is before
+
+
+def test_a_closed_terminal_does_not_end_what_was_started_under_nohup():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        for block in (stop_signals_interrupt(), stop_signals()):
+            with block:
+                assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_logs_are_in_a_folder_that_others_cannot_enter(kept, tmp_path):
+    kept.start("one", python("print('x')"), env=dict(os.environ), log=tmp_path / "logs" / "one.log")
+    assert stat.S_IMODE((tmp_path / "logs").stat().st_mode) == 0o700
 
 
 def test_the_environment_is_quiet_and_finds_flowers_further_programs(tmp_path):

@@ -8,6 +8,7 @@ and nothing else.
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -220,14 +221,18 @@ class Processes:
             log: What it says is appended here; None: to this process's own output.
             always: Whether `check` starts it again when it ends, whatever its status.
 
+        One of that name whose keeper was killed is ended first, with all that it started.
+
         Raises:
-            UsageError: if one of that name runs already, from this process or another.
+            UsageError: if one of that name runs already, kept by this process or another.
             OSError: if it cannot be started.
         """
+        if orphan := self._orphan(name):
+            marks.end(orphan, grace=self.grace)
         running = self.running(name)
         if running is not None or name in self._children:
             raise UsageError(f"{name} runs already (process {running}); stop it first")
-        make_folder(self.folder)
+        _make_private(self.folder)
         child = _Child(name, command, env, Path(cwd), None if log is None else Path(log))
         child.always = always
         pid = self._launch(child)
@@ -237,10 +242,18 @@ class Processes:
     def running(self, name: str) -> int | None:
         """Number of the process that a file names, if it is that process still and not another with its number."""
         with suppress(OSError, ValueError):
-            pid, born = (self.folder / f"{name}.pid").read_text(encoding="utf-8").splitlines()
+            pid, born, *_ = (self.folder / f"{name}.pid").read_text(encoding="utf-8").splitlines()
             if marks.birth(int(pid)) == born:
                 return int(pid)
         return None
+
+    def _orphan(self, name: str) -> list[marks.Program]:
+        """What a keeper that was killed has left running; empty if the keeper lives, or none is known."""
+        with suppress(OSError, ValueError):
+            _, _, mark, keeper, born = (self.folder / f"{name}.pid").read_text(encoding="utf-8").splitlines()
+            if marks.birth(int(keeper)) != born and re.fullmatch(r"[0-9a-f]+", mark):
+                return [marks.Program(self.running(name) or -1, mark)]
+        return []
 
     def alive(self, name: str) -> bool:
         """Whether a program that was started here runs at this moment."""
@@ -309,25 +322,64 @@ class Processes:
             if output is not None:
                 os.close(output)
         child.began = time.monotonic()
-        write_atomically(self.folder / f"{child.name}.pid", f"{child.process.pid}\n{marks.birth(child.process.pid)}\n")
-        return child.process.pid
+        pid, keeper = child.process.pid, os.getpid()
+        lines = (pid, marks.birth(pid), child.mark, keeper, marks.birth(keeper))
+        write_atomically(self.folder / f"{child.name}.pid", "".join(f"{line}\n" for line in lines))
+        return pid
 
 
 @contextmanager
 def stop_signals() -> Iterator[threading.Event]:
     """Within the block SIGTERM, SIGHUP and Ctrl-C set an event instead of ending this process; main thread only."""
     event = threading.Event()
-    known = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-    before = [signal.signal(number, lambda *_: event.set()) for number in known]
-    try:
+    with _handled((signal.SIGTERM, signal.SIGINT, signal.SIGHUP), lambda *_: event.set()):
         yield event
+
+
+@contextmanager
+def stop_signals_interrupt() -> Iterator[None]:
+    """Within the block SIGTERM and SIGHUP do once what Ctrl-C does, so that what was started is stopped.
+
+    Further ones are not heard: what stops has its own time limits. In another thread than the main one, which never
+    gets signals, nothing changes.
+    """
+    heard = False
+
+    def interrupt(*_: object) -> None:
+        nonlocal heard
+        heard, first = True, not heard
+        if first:
+            raise KeyboardInterrupt
+
+    with _handled((signal.SIGTERM, signal.SIGHUP), interrupt):
+        yield
+
+
+@contextmanager
+def _handled(numbers: Sequence[signal.Signals], handler: Callable[..., None]) -> Iterator[None]:
+    """Handles signals within the block; SIGHUP stays ignored under nohup."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    taken = [number for number in numbers if not (nohup and number == signal.SIGHUP)]
+    before = [signal.signal(number, handler) for number in taken]
+    try:
+        yield
     finally:
-        for number, handler in zip(known, before, strict=True):
-            signal.signal(number, handler)
+        for number, old in zip(taken, before, strict=True):
+            signal.signal(number, old)
+
+
+def _make_private(folder: Path) -> None:
+    """Makes a folder that its owner alone can enter; one that is there stays as it is."""
+    if not folder.is_dir():
+        make_folder(folder)
+        folder.chmod(0o700)
 
 
 def _opened(log: Path) -> int:
-    make_folder(log.parent)
+    _make_private(log.parent)
     return os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
 
 
@@ -335,5 +387,8 @@ def _bound(log: Path) -> None:
     """Keeps a log's size within bounds while a process writes to it: what is too old goes to ``.1``."""
     with suppress(FileNotFoundError):
         if log.stat().st_size > _MOST_LOG_BYTES:
-            shutil.copyfile(log, log.with_name(log.name + ".1"))
+            older = log.with_name(log.name + ".1")
+            older.unlink(missing_ok=True)
+            os.close(os.open(older, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))  # before anything is in it
+            shutil.copyfile(log, older)
             os.truncate(log, 0)  # whoever appends goes on at the new end
