@@ -166,6 +166,8 @@ def test_flower_builds_the_app(written):
         ({"hosts": ("a b",)}, "expected a DNS name"),
         ({"insecure": True}, r"insecure: got true with address fed\.example\.org:9092; expected a loopback"),
         ({"insecure": True, "address": "127.0.0.1:9092", "listen": "0.0.0.0:9093"}, "with listen"),
+        ({"listen": "0.0.0.0:9093"}, r"listen: got 0\.0\.0\.0:9093; .*deploy\.open = true"),
+        ({"listen": "10.0.0.1:9093", "deploy": {"open": False}}, "can start any program"),
         ({"days": 0}, "days"),
         ({"config": {"source": {"name": "digits"}}}, r"config\.source: got one for a federation"),
         ({"config": {"sites": {}}}, r"config\.sites: got one"),
@@ -209,6 +211,17 @@ def test_without_certificates_there_are_no_keys_and_no_proxy(tmp_path):
         "address": "127.0.0.1:9092",
         "insecure": True,
     }
+
+
+def test_a_superlink_may_be_open_where_that_is_asked_for(tmp_path):
+    roster = write_blueprint(tmp_path, blueprint(listen="0.0.0.0:9093", deploy={"open": True}))
+    assert (roster.link, roster.deploy.open) == ("0.0.0.0:9093", True)
+
+
+def test_the_proxy_bounds_requests_as_the_federation_says(written, tmp_path):
+    write_blueprint(tmp_path / "small", blueprint(deploy={"largest_request": 16}))
+    assert "client_max_body_size 512m;" in (written / "nginx.conf").read_text()
+    assert "client_max_body_size 16m;" in (tmp_path / "small" / "nginx.conf").read_text()
 
 
 def test_on_the_loopback_address_sites_need_no_proxy(tmp_path):

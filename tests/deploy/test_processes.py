@@ -326,6 +326,16 @@ def test_without_certificates_only_the_loopback_address_will_do(tmp_path, flower
             command()
 
 
+def test_a_superlink_that_other_machines_reach_must_be_asked_for(federation, flower):
+    path = federation / "federation.toml"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(line for line in lines if not line.startswith("listen = ")))
+    with pytest.raises(UsageError, match=r"deploy\.listen: got none, so fed\.example\.org:9092; .*deploy\.open = true"):
+        superlink_command(federation)
+    path.write_text(path.read_text().replace("[deploy]", "[deploy]\nopen = true"))
+    assert superlink_command(federation)[2] == "fed.example.org"
+
+
 @pytest.mark.parametrize("missing", ["ca.crt", "node.key"])
 def test_a_site_that_lost_one_of_its_files_does_not_fall_back(federation, flower, missing):
     site = federation / "sites" / "a"

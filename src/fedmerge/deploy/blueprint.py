@@ -23,6 +23,7 @@ from fedmerge.deploy.address import host_and_port, is_host, is_loopback, join, l
 from fedmerge.deploy.federation import OWN_TABLES, DeployOptions
 from fedmerge.deploy.roster import (
     FEDERATION_HEAD,
+    OPEN_ADVICE,
     Roster,
     Table,
     change_sites,
@@ -201,6 +202,8 @@ def _address_faults(blueprint: Blueprint) -> list[str]:
             continue
         if blueprint.insecure and not is_loopback(host):
             faults.append(f"insecure: got true with {what} {join(host, port)}; expected a loopback address, 127.0.0.1")
+        elif what == "listen" and not is_loopback(host) and not blueprint.deploy.get("open"):
+            faults.append(f"listen: got {join(host, port)}; {OPEN_ADVICE}")
         if what == "address" and not blueprint.listen and not is_loopback(host) and port == 2**16 - 1:
             faults.append("listen: missing; there is no next port after 65535")
     faults += [
@@ -312,7 +315,9 @@ def _write_starters(roster: Roster) -> None:
         address, nginx = roster.deploy.address, Path(shutil.which("nginx") or "/usr/sbin/nginx")
         texts["fedmerge-proxy.service"] = units.proxy_unit(folder, nginx, user, port=host_and_port(address)[1])
         make_folder(folder / "proxy")
-        write_atomically(folder / "nginx.conf", units.nginx_text(folder, address, roster.link))
+        largest = roster.deploy.largest_request
+        text = units.nginx_text(folder, address, roster.link, largest_request=largest)
+        write_atomically(folder / "nginx.conf", text)
         write_atomically(folder / "compose.yaml", _compose(roster))
     make_folder(folder / "systemd")
     for name, text in texts.items():

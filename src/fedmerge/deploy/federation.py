@@ -42,6 +42,13 @@ class DeployOptions:
         "", help="host:port where the SuperLink itself listens; the address, if that is on this machine, by default"
     )
     insecure: bool = option(False, help="without certificates and keys; on the loopback address only")
+    open: bool = option(
+        False,
+        help="the SuperLink may listen to other machines: whoever reaches it can run any program at all sites",
+    )
+    largest_request: int = option(
+        512, at_least=1, at_most=2047, help="MiB that a request of a site may have; written into nginx.conf by init"
+    )
     deadline: float = option(
         3600.0, above=0, help="seconds after which a round goes on without the sites that have not answered"
     )

@@ -27,7 +27,7 @@ from fedmerge.core.files import make_folder, write_atomically
 from fedmerge.deploy import identity, marks
 from fedmerge.deploy.address import host_and_port, is_loopback, local_address
 from fedmerge.deploy.blueprint import SITE_FILE
-from fedmerge.deploy.roster import Roster, read_roster
+from fedmerge.deploy.roster import OPEN_ADVICE, Roster, read_roster
 from fedmerge.deploy.units import check_path
 from fedmerge.experiment.config import read_toml
 
@@ -79,7 +79,8 @@ def superlink_command(folder: Path | str) -> list[str]:
     """How the SuperLink of a federation is started.
 
     Raises:
-        UsageError: if the folder is no federation, its certificates do not fit, or Flower is not installed.
+        UsageError: if the folder is no federation, its certificates do not fit, others than this machine could reach
+            the SuperLink, or Flower is not installed.
     """
     roster = read_roster(folder)
     place, (host, port) = roster.folder, host_and_port(roster.link)
@@ -88,6 +89,8 @@ def superlink_command(folder: Path | str) -> list[str]:
         _refuse_open(roster.link, "deploy.insecure")
         secrecy = ["--insecure"]
     else:
+        if not is_loopback(host) and not roster.deploy.open:
+            raise UsageError(f"deploy.listen: got {roster.deploy.listen or 'none'}, so {roster.link}; {OPEN_ADVICE}")
         identity.check_server_files(place)
         files = {"ca-certfile": identity.CA, "certfile": identity.SERVER, "keyfile": identity.SERVER_KEY}
         secrecy = [word for name, file in files.items() for word in (f"--ssl-{name}", str(place / file))]

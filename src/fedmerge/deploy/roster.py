@@ -32,6 +32,13 @@ FEDERATION_HEAD = """\
 """
 
 
+OPEN_ADVICE = (
+    "whoever reaches the SuperLink there can start any program on the server and at all sites (its proxy lets sites "
+    "through and nothing else); expected a loopback address, 127.0.0.1:PORT, or deploy.open = true"
+)
+"""What is wrong with a SuperLink that other machines can reach, and what to do."""
+
+
 @dataclass(frozen=True)
 class Roster:
     """Where the server is and who may take part, whatever is trained.

@@ -17,8 +17,6 @@ from fedmerge.core.text import brief
 from fedmerge.deploy.address import host_and_port, is_ip, is_loopback, local_address
 from fedmerge.deploy.identity import CA, SERVER, SERVER_KEY
 
-LARGEST_BODY = "2g"
-"""Of one request, as nginx writes it: Flower's own bound."""
 _HARDENING = """\
 NoNewPrivileges=true
 ProtectSystem=full
@@ -141,14 +139,14 @@ def _systemd_word(word: Path | str) -> str:
     return f'"{text}"' if set(text) & set(" ;\t") else text
 
 
-def nginx_text(folder: Path, address: str, listen: str, *, largest_body: str = LARGEST_BODY) -> str:
+def nginx_text(folder: Path, address: str, listen: str, *, largest_request: int) -> str:
     """A configuration for nginx that is complete: ``nginx -e stderr -c FOLDER/nginx.conf`` runs it in the foreground.
 
     Args:
         folder: The federation's; has the certificates and an empty folder ``proxy``.
         address: ``host:port`` that sites connect to.
         listen: ``host:port`` of the SuperLink.
-        largest_body: Of one request.
+        largest_request: MiB. Flower cuts tensors into pieces of 5 MB, each a request of its own.
 
     Raises:
         UsageError: if a path or an address cannot be written down.
@@ -188,7 +186,7 @@ http {{
         ssl_session_tickets off;
 
         limit_conn sites 256;
-        client_max_body_size {largest_body};
+        client_max_body_size {largest_request}m;
         client_header_timeout 30s;
         client_body_timeout 60s;
         send_timeout 60s;
