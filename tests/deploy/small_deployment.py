@@ -14,7 +14,7 @@ from fedmerge.deploy.client import answer_to
 from fedmerge.deploy.federation import FederationConfig, read_federation
 from fedmerge.deploy.link import Contact, Failure
 from fedmerge.deploy.messages import Kind, Letter
-from fedmerge.deploy.post import Clock
+from fedmerge.deploy.roll import Clock
 from fedmerge.deploy.site import read_site
 
 NAMES = ("clinic-a", "clinic-b", "clinic-c")

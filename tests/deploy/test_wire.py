@@ -64,7 +64,9 @@ def test_other_records_are_no_letter():
 
 
 def test_a_failure_says_why():
-    assert letter_from(failure_records("its data are gone")) == "its data are gone"
+    assert letter_from(failure_records("its data are gone")) == ("its data are gone", False)
+    assert letter_from(failure_records("at work", busy=True)).busy
+    assert len(letter_from(failure_records("x" * 10**6)).reason) <= 1100
 
 
 ORDER = Order("round", "r", 3, 1, "site", {"a": 1}, train=True, rate=0.1, keep=(1, 2), form=("tensor",))

@@ -19,6 +19,7 @@ from fedmerge.deploy.site_data import check_site_data
 from fedmerge.deploy.trees import form_of
 from fedmerge.experiment.federation import encoder_of
 from fedmerge.experiment.store import versions
+from fedmerge.training import rate_of_round
 
 
 def check_site(folder: Path | str, *, network: bool = True) -> list[Finding]:
@@ -94,7 +95,7 @@ def _step(site: SiteConfig, federation: FederationConfig) -> Finding:
             federation.terms.plain(),
             train=True,
             evaluate=True,
-            rate=federation.terms.training.lr,
+            rate=rate_of_round(federation.terms.training, 1, federation.terms.options.rounds),
             form=tuple(form_of(tree)),
         )
         with tempfile.TemporaryDirectory() as folder:

@@ -18,10 +18,11 @@ from fedmerge.core.randomness import fresh_module_randomness
 from fedmerge.core.replies import named_tensors
 from fedmerge.core.vector import Layout, layout_of
 from fedmerge.data import ClientData, FederatedData
-from fedmerge.deploy.federation import FILE, Terms, terms_of
+from fedmerge.deploy.federation import FILE, Terms, in_client_order, terms_of
 from fedmerge.deploy.messages import Answer, Letter, Order, Score, order_from, text_of
 from fedmerge.deploy.moments import moments
 from fedmerge.deploy.private_state import PrivateState, site_held
+from fedmerge.deploy.protection import seed_of_release
 from fedmerge.deploy.site import SiteConfig
 from fedmerge.deploy.site_data import raw_client, site_client
 from fedmerge.deploy.site_model import write_site_model
@@ -35,7 +36,7 @@ from fedmerge.experiment.trial import check_module
 from fedmerge.runtime import Engine, Fleet, Sequential, first_fleet
 from fedmerge.runtime.place import Place, device_of
 from fedmerge.runtime.rounds import ClientRound, models_received
-from fedmerge.training import LocalTraining, Planned, one_pass
+from fedmerge.training import LocalTraining, Planned, one_pass, rate_of_round
 from fedmerge.training.scores import tally
 
 WAIT = 120.0
@@ -97,12 +98,14 @@ def answer_to(letter: Letter, config: SiteConfig) -> Letter:
     if order.kind != "hello" and order.site != config.name:
         raise FedmergeError(f"the server's message is for site {order.site!r}; this is {config.name!r}")
     terms = agreed_terms(order.terms, config)
-    with one_thread(), site_held(config.state_folder, WAIT):
-        tensors: Mapping[str, Tensor] = {}
+    tensors: Mapping[str, Tensor] = {}
+    with one_thread():
         if order.kind == "hello":
             answer = _introduction(order, config, terms)
         else:
-            answer, tensors = _work(order, ready_site(config, terms), letter.tensors)
+            _refuse_odd(order, terms, config)
+            with site_held(config.state_folder, WAIT):
+                answer, tensors = _work(order, ready_site(config, terms), letter.tensors)
     answer = replace(answer, seconds=time.perf_counter() - began, versions=versions())
     return Letter(text_of(answer), tensors)
 
@@ -137,6 +140,26 @@ def agreed_terms(plain: Mapping[str, Any], config: SiteConfig) -> Terms:
             f"its own {FILE} names it; put the agreed file there"
         )
     return terms
+
+
+def _refuse_odd(order: Order, terms: Terms, config: SiteConfig) -> None:
+    """Refuses what the terms do not have room for: further rounds, another rate, another site's place.
+
+    Raises:
+        UsageError: naming it.
+    """
+    rounds, training = terms.options.rounds, terms.training
+    if not 0 <= order.round <= rounds + (order.kind == "round") or (order.train and order.round > rounds):
+        raise UsageError(f"the server asks for round {order.round}; the terms have {rounds}")
+    if order.train and order.rate != rate_of_round(training, order.round, rounds):
+        raise UsageError(f"the server asks for rate {order.rate} in round {order.round}, which the terms do not have")
+    own = config.folder / FILE
+    names = in_client_order(read_toml(own).get("sites", {})) if own.is_file() else []
+    if config.name in names and names.index(config.name) != order.client:
+        raise UsageError(
+            f"the server calls this site client {order.client}; in {own} it is {names.index(config.name)}: bring the "
+            "server's federation.toml, whose sites are others now"
+        )
 
 
 def _first_difference(own: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
@@ -195,7 +218,7 @@ def _work(order: Order, site: Site, tensors: Mapping[str, Tensor]) -> tuple[Answ
     """A round's or the last message's work."""
     state = PrivateState(site.config.state_folder, order.run, site.fresh())
     fleet, note = state.at(order.base, anew=site.config.anew)
-    state.forget_all_but({order.base, *order.keep})
+    state.forget_before(order.round, {order.base, *order.keep})
     method = type(site.terms.method).__module__
     received = tree_from(list(order.form), [tensors[str(k)] for k in range(len(tensors))], modules=(method,))
     answer = replace(_counts(order, site.client, site.config), note=note)
@@ -205,6 +228,7 @@ def _work(order: Order, site: Site, tensors: Mapping[str, Tensor]) -> tuple[Answ
         answer = replace(answer, validation=validation, test=test)
         if order.kind == "final":
             write_site_model(site, model, order, answer)
+            state.forget_other_runs()
     if not order.train:
         return answer, {}
     update, fleet, passed = _trained(site, order, received, fleet)
@@ -231,10 +255,23 @@ def _score(site: Site, model: Personal, split: str) -> Score:
 
 def _trained(site: Site, order: Order, received: Any, fleet: Fleet) -> tuple[Any, Fleet, int]:
     """The update, what the site keeps from now on if it is admitted, and the number of examples passed."""
-    seed = site.terms.options.seed
-    plan = Planned(site.client.train, site.training, order.rate, seed, order.round, order.client)
+    seed, training = site.terms.options.seed, site.training
+    drawn_from = seed if training.dp_clip is None else _secret_seed(site, order, received, fleet)
+    plan = Planned(site.client.train, training, order.rate, drawn_from, order.round, order.client)
     with fresh_module_randomness(seed, "dropout at a site", order.round, order.client):
         update, private, buffers = site.engine.map(
             ClientRound(site.played, fleet.rules), [(received, fleet.private[0], plan, fleet.buffers[0])]
         )[0]
-    return update, replace(fleet, private=(private,), buffers=(buffers,)), sum(plan.sizes())
+    passed = sum(plan.sizes()) if training.dp_clip is None else training.passes(site.client.num_train)
+    return update, replace(fleet, private=(private,), buffers=(buffers,)), passed
+
+
+def _secret_seed(site: Site, order: Order, received: Any, fleet: Fleet) -> int:
+    """Of a protected update: nobody else can tell its batches and its noise, and no other update has them."""
+    return seed_of_release(
+        site.config.state_folder,
+        run=order.run,
+        rounds=site.terms.options.rounds,
+        facts=(order.round, order.client, order.rate, site.terms.digest),
+        tree=(received, fleet.private, fleet.buffers, tuple(site.client.train)),
+    )

@@ -52,6 +52,9 @@ class DeployOptions:
     deadline: float = option(
         3600.0, above=0, help="seconds after which a round goes on without the sites that have not answered"
     )
+    absent: float = option(
+        300.0, above=0, help="seconds that a round waits for sites that are not connected, once enough have answered"
+    )
     patience: float = option(
         86400.0, above=0, help="seconds to wait for as many sites as a round needs, before the run stops"
     )

@@ -17,9 +17,8 @@ from fedmerge.core.tensor_files import read_tensor_file
 from fedmerge.deploy.deployment import Deployment, read_deployment, scaled, write_deployment
 from fedmerge.deploy.federation import FILE, FederationConfig, tombstone
 from fedmerge.deploy.forget_state import client_axes, forgotten_state, mixed_parts
-from fedmerge.deploy.office import bases
+from fedmerge.deploy.office import REPLIES, bases
 from fedmerge.deploy.plan import Plan, plan_of
-from fedmerge.deploy.rounds import REPLIES
 from fedmerge.deploy.site_model import replacing
 from fedmerge.deploy.status import FILE as STATUS
 from fedmerge.experiment.book import standing

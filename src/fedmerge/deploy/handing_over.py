@@ -64,5 +64,6 @@ def hand_over(plan: Plan, deployment: Deployment, post: Post, record: RunRecord,
     missing = post.ask(Asking("final", "models", {names[i]: partial(letter, i) for i in left}, take, 0))
     for name, why in sorted(missing.items()):
         log.warning("site %s has not got its model: %s; run the federation again to give it one", name, why)
-    post.board.close("finished" if not missing else f"finished; without their models: {', '.join(sorted(missing))}")
+    without = f"; without their models: {', '.join(sorted(missing))}" if missing else ""
+    post.roll.board.close(f"finished{without}")
     log.info("finished: %d of %d sites have their models", len(done), len(living))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from torch import Tensor
@@ -12,13 +12,17 @@ from torch import Tensor
 from fedmerge.core.errors import FedmergeError, together
 from fedmerge.core.options import build_options
 from fedmerge.core.strict_json import parse_json_table
-from fedmerge.core.text import shortened
+from fedmerge.core.text import brief, printable, shortened
 from fedmerge.experiment.record import to_plain
 
 T = TypeVar("T")
 Kind = Literal["hello", "round", "final"]
 MOST_TEXT = 1 << 24
 """Bytes of a message's text."""
+MOST_NUMBER = 1 << 40
+"""Of what a site counts: sums over any number of sites fit into 64 bits."""
+MOST_NAME, MOST_NOTE = 200, 500
+"""Letters."""
 
 
 class Letter(NamedTuple):
@@ -144,13 +148,18 @@ def answer_from(text: str) -> Answer:
     answer = _message_from(Answer, text, "answer")
     faults = [fault for fault in (answer.validation.fault(), answer.test.fault()) if fault]
     faults += [
-        f"{name}: got {getattr(answer, name)}; expected a number >= 0"
+        f"{name}: got {getattr(answer, name)}; expected a number, 0..{MOST_NUMBER:,}"
         for name in ("num_train", "num_validation", "num_test", "passed", "seconds")
-        if not getattr(answer, name) >= 0
+        if not 0 <= getattr(answer, name) <= MOST_NUMBER
+    ]
+    faults += [
+        f"{name}: got {brief(getattr(answer, name))}; expected {MOST_NAME} letters at most"
+        for name in ("run", "site")
+        if len(getattr(answer, name)) > MOST_NAME
     ]
     if faults:
         raise FedmergeError(f"answer: {together(faults)}")
-    return answer
+    return replace(answer, note=printable(shortened(answer.note, MOST_NOTE)))
 
 
 def _message_from(cls: type[T], text: str, what: str) -> T:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -22,6 +23,9 @@ from fedmerge.experiment.simulation import (
     first_record,
 )
 from fedmerge.experiment.store import versions
+
+REPLIES = "replies"
+"""Folder of the answers of the round that is under way."""
 
 
 def bases(rounds: Sequence[RoundRecord], num_clients: int) -> list[int]:
@@ -83,6 +87,11 @@ class Office:
         """Clients that can be asked."""
         return tuple(i for i, name in enumerate(self.plan.federation.names) if not is_tombstone(name))
 
+    @property
+    def is_new(self) -> bool:
+        """Whether no round has been finished yet."""
+        return self.journey.last.round == 0
+
     def seconds(self) -> float:
         """Of the run so far."""
         return time.perf_counter() - self.began
@@ -112,15 +121,16 @@ def open_office(plan: Plan, deployment: Deployment, record: RunRecord | None, po
     journey, line = _where(plan, stand)
     began = time.perf_counter() - journey.seconds
     office = Office(plan, folder, deployment, record, journey, line, book, post, began)
-    post.board.reached(journey.last.round)
+    post.roll.board.reached(journey.last.round)
     try:
         yield office
     except BaseException as error:
         status: RunStatus = "interrupted" if isinstance(error, (KeyboardInterrupt, SystemExit)) else "failed"
+        shutil.rmtree(folder / REPLIES, ignore_errors=True)
         with suppress(OSError):  # a full disk, which `error` tells already
             book.stop()
             close_run(office.record, status, office.journey, office.seconds(), folder)
-            post.board.close(f"{status}: {error}")
+            post.roll.board.close(f"{status}: {error}")
         raise
 
 
@@ -144,13 +154,15 @@ def _where(plan: Plan, stand: Standing) -> tuple[Journey, RoundRecord | None]:
 
 
 def note_reports(office: Office) -> None:
-    """Writes down how many examples the sites have."""
-    reports = office.post.reports
-    found = [reports.get(name) for name in office.plan.federation.names]
-    counts = {
-        name: tuple(0 if report is None else getattr(report, name) for report in found)
+    """Writes down how many examples the sites have; what was known of one that has not reported stays."""
+    reports, record = office.post.roll.reports, office.record
+    found = {
+        name: tuple(
+            getattr(reports[site], name) if site in reports else known
+            for site, known in zip(record.client_names, getattr(record, name), strict=True)
+        )
         for name in ("num_train", "num_validation", "num_test")
     }
-    if any(getattr(office.record, name) != values for name, values in counts.items()):
-        office.record = replace(office.record, **counts)  # type: ignore[arg-type]
+    if any(getattr(record, name) != values for name, values in found.items()):
+        office.record = replace(record, **found)  # type: ignore[arg-type]
         write_run(office.folder, office.record)

@@ -8,6 +8,8 @@ not gone on from. What the server can no longer ask for is removed.
 from __future__ import annotations
 
 import hashlib
+import re
+import shutil
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -22,9 +24,14 @@ from fedmerge.experiment.checkpoint import fleet_tensors, in_own_memory, restore
 from fedmerge.experiment.lock import run_lock
 from fedmerge.runtime import Fleet
 
+_RUN = re.compile("[0-9a-f]{16}")
 _NAME, _ENDING = "private-", ".safetensors"
 _WAIT = 0.25
 """Seconds between two tries to hold a folder."""
+
+
+class BusyError(FedmergeError):
+    """Another process of the site is at work; asked again later, the site answers."""
 
 
 class PrivateState:
@@ -72,12 +79,21 @@ class PrivateState:
         make_folder(self.folder)
         write_atomically(self._path(round_number), save(in_own_memory(fleet_tensors(fleet))), private=True)
 
-    def forget_all_but(self, rounds: Collection[int]) -> None:
-        """Removes every state but those that were made in these rounds."""
-        kept = {self._path(number).name for number in rounds}
+    def forget_before(self, round_number: int, keep: Collection[int]) -> None:
+        """Removes the states that were made before a round, but for some.
+
+        Later ones stay: the order at hand may be an old one that was late.
+        """
         for path in self.folder.glob(f"{_NAME}*{_ENDING}"):
-            if path.name not in kept:
+            made = path.name.removeprefix(_NAME).removesuffix(_ENDING)
+            if made.isdigit() and int(made) < round_number and int(made) not in keep:
                 path.unlink(missing_ok=True)
+
+    def forget_other_runs(self) -> None:
+        """Removes the states of all runs but this one."""
+        for path in self.folder.parent.iterdir():
+            if path.is_dir() and path != self.folder and _RUN.fullmatch(path.name):
+                shutil.rmtree(path, ignore_errors=True)
 
     def _path(self, round_number: int) -> Path:
         return self.folder / f"{_NAME}{round_number}{_ENDING}"
@@ -92,7 +108,7 @@ def site_held(folder: Path, seconds: float) -> Iterator[None]:
         seconds: How long to wait.
 
     Raises:
-        UsageError: if another process holds it for longer.
+        BusyError: if another process holds it for longer.
     """
     make_folder(folder)
     give_up = time.monotonic() + seconds
@@ -101,9 +117,9 @@ def site_held(folder: Path, seconds: float) -> Iterator[None]:
         try:
             lock.__enter__()
             break
-        except UsageError:
+        except UsageError as error:
             if time.monotonic() > give_up:
-                raise
+                raise BusyError(str(error)) from error
             time.sleep(_WAIT)
     try:
         yield

@@ -16,7 +16,7 @@ from fedmerge.core.protocol import deliver
 from fedmerge.core.replies import Expected, check_of
 from fedmerge.core.text import shortened
 from fedmerge.deploy.messages import Letter, Order
-from fedmerge.deploy.office import Office, note_reports
+from fedmerge.deploy.office import REPLIES, Office, note_reports
 from fedmerge.deploy.outbox import Outbox, lettered
 from fedmerge.deploy.post import Asking, Take, Taken
 from fedmerge.deploy.tray import Tray
@@ -34,9 +34,6 @@ from fedmerge.runtime.spool import Spool
 from fedmerge.training import rate_of_round
 
 log = logging.getLogger(__name__)
-
-REPLIES = "replies"
-"""Folder of the answers of the round that is under way."""
 
 
 def next_round(office: Office) -> None:
@@ -112,7 +109,8 @@ def _tray(office: Office, number: int, cohort: Sequence[int]) -> Tray:
     if cohort:
         make_folder(replies)
     spool = Spool(replies, template, cohort) if cohort else None
-    return Tray(expected, {name: i for i, name in enumerate(names)}, office.post.board, spool, office.post.reports)
+    roll = office.post.roll
+    return Tray(expected, {name: i for i, name in enumerate(names)}, roll.board, spool, roll.reports)
 
 
 def _ask(
@@ -199,6 +197,6 @@ def _closed(office: Office, progress: Progress, tray: Tray, quorum: int) -> Roun
 
 def _tell(office: Office, tray: Tray) -> None:
     line, number = office.journey.lines[-1], office.journey.last.round
-    office.post.board.reached(number)
+    office.post.roll.board.reached(number)
     scored = "" if line.validation is None else f"; round {line.round} scored {line.validation.mean_accuracy():.4f}"
     log.info("round %d of %d: %d replies%s", number, office.setup.options.rounds, len(tray.admitted), scored)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,16 +23,18 @@ from fedmerge.deploy.handing_over import hand_over, selected_of
 from fedmerge.deploy.link import Link
 from fedmerge.deploy.messages import Letter, Order, text_of
 from fedmerge.deploy.moments import moments_from_plain, pooled
-from fedmerge.deploy.office import note_reports, open_office
+from fedmerge.deploy.office import REPLIES, note_reports, open_office
 from fedmerge.deploy.plan import Plan, plan_of
-from fedmerge.deploy.post import Clock, Post
-from fedmerge.deploy.rounds import REPLIES, next_round
+from fedmerge.deploy.post import Post
+from fedmerge.deploy.roll import Clock, Roll
+from fedmerge.deploy.rounds import next_round
 from fedmerge.deploy.site_model import put_back
 from fedmerge.deploy.status import Board, Status
 from fedmerge.experiment.book import held
+from fedmerge.experiment.checkpoint import remove_all
 from fedmerge.experiment.execute import close_run
 from fedmerge.experiment.lock import NAME as LOCK
-from fedmerge.experiment.record import read_run, read_run_alone
+from fedmerge.experiment.record import RunRecord, read_run, read_run_alone
 from fedmerge.experiment.simulation import (
     one_thread,
 )
@@ -57,12 +60,13 @@ def serve(federation: FederationConfig, link: Link, *, clock: Clock = STEADY) ->
     make_folder(folder)
     with held(folder), one_thread():
         deployment = _deployment(folder, federation)
+        federation = scaled(federation, deployment)
         post = _post(federation, deployment, link, clock)
         try:
-            federation, deployment = _scaled(federation, deployment, post)
+            federation, deployment = _with_scale(federation, deployment, post)
             _run(plan_of(federation), deployment, post)
         except FedmergeError as error:
-            post.board.close(f"stopped: {error}")
+            post.roll.board.close(f"stopped: {error}")
             write_deployment(folder, replace(read_deployment(folder) or deployment, stopped=str(error)))
             raise
 
@@ -85,34 +89,35 @@ def _deployment(folder: Path, federation: FederationConfig) -> Deployment:
     return found
 
 
-def _scaled(federation: FederationConfig, deployment: Deployment, post: Post) -> tuple[FederationConfig, Deployment]:
+def _with_scale(
+    federation: FederationConfig, deployment: Deployment, post: Post
+) -> tuple[FederationConfig, Deployment]:
     """The federation with the scale of its inputs, found from the sums of all sites before the first round."""
-    schema = federation.terms.schema
-    if not schema.needs_moments:
+    if not federation.terms.schema.needs_moments:
         return federation, deployment
-    if not deployment.mean:
-        post.wait_for_reports(len(post.names))
-        mean, std = pooled([moments_from_plain(post.reports[name].moments) for name in post.names])
-        deployment = replace(deployment, mean=mean, std=std)
-        write_deployment(federation.run_folder, deployment)
-    return scaled(federation, deployment), deployment
+    names = post.roll.names
+    post.wait_for_reports(len(names))
+    mean, std = pooled([moments_from_plain(post.roll.reports[name].moments) for name in names])
+    deployment = replace(deployment, mean=mean, std=std)
+    write_deployment(federation.run_folder, deployment)
+    federation = scaled(federation, deployment)
+    post.roll.hello = _hello(federation, deployment)
+    return federation, deployment
 
 
 def _run(plan: Plan, deployment: Deployment, post: Post) -> None:
     folder = plan.federation.run_folder
     record = read_run_alone(folder) if (folder / "run.json").is_file() else None
+    if record is not None:
+        _refuse_others(plan, record)
     if record is not None and record.status == "finished":
+        remove_all(folder)
+        shutil.rmtree(folder / REPLIES, ignore_errors=True)
         hand_over(plan, deployment, post, read_run(folder), selected_of(plan))
         return
-    if record is not None and record.client_names != plan.federation.names:
-        before = shortened(", ".join(record.client_names))
-        raise UsageError(
-            f"{folder} was begun with the sites {before}; the federation has others now. A site joins a finished run "
-            "with `fedmerge deploy offer` and `join`, and leaves one with `forget`; for a new run of the sites that "
-            "are there now move the folder away"
-        )
     with open_office(plan, deployment, record, post) as office:
-        post.wait_for_reports(min(plan.federation.deploy.start_with or len(post.names), len(post.names)))
+        if office.is_new:
+            post.wait_for_reports(min(plan.federation.deploy.start_with or len(post.roll.names), len(post.roll.names)))
         note_reports(office)
         while office.open is not None:
             next_round(office)
@@ -122,11 +127,31 @@ def _run(plan: Plan, deployment: Deployment, post: Post) -> None:
     hand_over(plan, deployment, post, office.record, office.journey.selected)
 
 
+def _refuse_others(plan: Plan, record: RunRecord) -> None:
+    """Refuses to go on with a run of other sites: every row, seed and state belongs to a site's place among them."""
+    folder, names = plan.federation.run_folder, plan.federation.names
+    if record.client_names != names:
+        before = shortened(", ".join(record.client_names))
+        raise UsageError(
+            f"{folder} was begun with the sites {before}; the federation has others now. A site joins a finished run "
+            "with `fedmerge deploy offer` and `join`, and leaves one with `forget`; for a new run of the sites that "
+            "are there now move the folder away"
+        )
+    if record.data_sha256 != plan.digest:
+        raise UsageError(
+            f"{folder} was begun on data of another form ([data] of federation.toml); put the old form back, or move "
+            "the folder away for a new run"
+        )
+
+
 def _post(federation: FederationConfig, deployment: Deployment, link: Link, clock: Clock) -> Post:
     status = Status(run=deployment.run, rounds=federation.terms.options.rounds)
+    board = Board(federation.run_folder, status)
+    hello = _hello(federation, deployment)
+    return Post(Roll(link, federation.living, federation.deploy, hello, board, clock))
+
+
+def _hello(federation: FederationConfig, deployment: Deployment) -> Callable[[str], Letter]:
+    """Makes the letter that asks a site who it is."""
     terms = federation.terms.plain()
-
-    def hello(name: str) -> Letter:
-        return Letter(text_of(Order("hello", deployment.run, 0, 0, name, terms)), {})
-
-    return Post(link, federation.living, federation.deploy, hello, Board(federation.run_folder, status), clock)
+    return lambda name: Letter(text_of(Order("hello", deployment.run, 0, 0, name, terms)), {})

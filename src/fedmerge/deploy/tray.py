@@ -63,10 +63,12 @@ class Tray:
             wanted = f"expected round {self.expected.round} of run {self.expected.run}"
             reason: Reason = "run" if answer.run != self.expected.run else "round"
             return Refusal(client, reason, f"got round {answer.round} of run {answer.run}; {wanted}")
-        self.reports[name] = answer
-        self.scores[client] = (answer.validation, answer.test)
-        self.board.told(name, answer.note)
-        return None if client not in self.expected.cohort else self._update_refusal(client, answer, letter)
+        refusal = self._update_refusal(client, answer, letter) if client in self.expected.cohort else None
+        if refusal is None:
+            self.reports[name] = answer
+            self.scores[client] = (answer.validation, answer.test)
+            self.board.told(name, answer.note)
+        return refusal
 
     def _update_refusal(self, client: int, answer: Answer, letter: Letter) -> Refusal | None:
         reply = Reply(answer.run, answer.round, client, answer.num_train, letter.tensors)

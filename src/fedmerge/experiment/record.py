@@ -194,11 +194,16 @@ def select(evaluated: Sequence[RoundRecord]) -> RoundRecord:
 
 
 def _gain(best: RoundRecord, record: RoundRecord) -> float:
-    """By how much the mean validation accuracy of a record is above that of the best one, over common clients."""
+    """By how much the mean validation accuracy of a record is above that of the best one, over common clients.
+
+    A later record without any in common is taken for better: nothing speaks for the earlier one.
+    """
     if best.validation is None or record.validation is None:
         return 0.0
-    pairs = zip(best.validation.accuracy, record.validation.accuracy, strict=True)
+    pairs = list(zip(best.validation.accuracy, record.validation.accuracy, strict=True))
     common = [(old, new) for old, new in pairs if old is not None and new is not None]
+    if not common and any(new is not None for _, new in pairs):
+        return math.inf
     return math.fsum(new for _, new in common) - math.fsum(old for old, _ in common)
 
 

@@ -10,7 +10,8 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from fedmerge.core.errors import FedmergeError
-from fedmerge.deploy.flower.wire import letter_from, records_of
+from fedmerge.core.text import shortened
+from fedmerge.deploy.flower.wire import MOST_REASON, Refused, letter_from, records_of
 from fedmerge.deploy.link import Contact, Failure
 from fedmerge.deploy.messages import Kind, Letter
 
@@ -21,7 +22,6 @@ _LOST = (
     ErrorCode.MESSAGE_UNAVAILABLE,
     ErrorCode.REPLY_MESSAGE_UNAVAILABLE,
     ErrorCode.NODE_UNAVAILABLE,
-    ErrorCode.CLIENT_APP_CRASHED,
 )
 
 
@@ -68,9 +68,10 @@ class GridLink:
 def _answer_of(message: Message) -> Letter | Failure:
     if message.has_error():
         error = message.error
-        return Failure(f"{error.reason or 'no reason given'} (Flower's code {error.code})", error.code in _LOST)
+        reason = shortened(error.reason or "no reason given", MOST_REASON)
+        return Failure(f"{reason} (Flower's code {error.code})", error.code in _LOST)
     try:
         found = letter_from(message.content)
     except FedmergeError as error:
         return Failure(str(error), lost=False)
-    return Failure(found, lost=False) if isinstance(found, str) else found
+    return Failure(found.reason, lost=found.busy) if isinstance(found, Refused) else found

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from fedmerge.core.errors import FedmergeError
 from fedmerge.core.tensor_files import MOST_DIMS
-from fedmerge.core.text import brief
+from fedmerge.core.text import brief, shortened
 from fedmerge.deploy.messages import Letter
 
 _FORM = "fedmerge.bytes"
@@ -36,6 +37,8 @@ _DTYPES: dict[str, torch.dtype] = {
         torch.bool,
     )
 }
+MOST_REASON = 1000
+"""Letters of what a site says."""
 _SWAPPED = sys.byteorder == "big"
 
 
@@ -45,12 +48,29 @@ def records_of(letter: Letter) -> RecordDict:
     return RecordDict({_LETTER: ConfigRecord({"text": letter.text}), _TENSORS: arrays})
 
 
-def failure_records(reason: str) -> RecordDict:
-    """Why a site does not answer."""
-    return RecordDict({_FAILURE: ConfigRecord({"reason": reason})})
+class Refused(NamedTuple):
+    """A site says why it does not answer.
+
+    Attributes:
+        reason: In its words.
+        busy: Whether it is only at work on something else.
+    """
+
+    reason: str
+    busy: bool
 
 
-def letter_from(records: RecordDict) -> Letter | str:
+def failure_records(reason: str, *, busy: bool = False) -> RecordDict:
+    """Why a site does not answer.
+
+    Args:
+        reason: In its words.
+        busy: Whether it is only at work on something else.
+    """
+    return RecordDict({_FAILURE: ConfigRecord({"reason": reason, "busy": busy})})
+
+
+def letter_from(records: RecordDict) -> Letter | Refused:
     """The letter that Flower brought, or the reason that the site gave for not answering.
 
     Raises:
@@ -58,7 +78,7 @@ def letter_from(records: RecordDict) -> Letter | str:
     """
     failure = records.config_records.get(_FAILURE)
     if failure is not None:
-        return str(failure.get("reason", ""))
+        return Refused(shortened(str(failure.get("reason", "")), MOST_REASON), failure.get("busy") is True)
     config = records.config_records.get(_LETTER)
     text = None if config is None else config.get("text")
     if not isinstance(text, str):
