@@ -6,7 +6,7 @@ import pytest
 import torch
 from small_deployment import write_federation
 
-from fedmerge.deploy.outbox import FEWEST, Outbox
+from fedmerge.deploy.outbox import FEWEST, Outbox, Templates
 from fedmerge.deploy.plan import plan_of
 
 
@@ -40,3 +40,21 @@ def test_a_block_is_never_a_few_rows(tmp_path):
     for client in range(FEWEST + 1):
         box.of(client)
     assert sent == [FEWEST, FEWEST]
+
+
+def test_the_form_of_an_update_is_found_in_one_step(tmp_path):
+    training = {"steps": 5000, "batch_size": 2, "lr": 0.1}
+    plan = plan_of(write_federation(tmp_path / "f", training=training))
+    steps = []
+
+    class Watched:
+        @staticmethod
+        def map(function, jobs):
+            steps.extend(len(job[2].sizes()) for job in jobs)
+            return plan.setup.engine.map(function, jobs)
+
+    received = Outbox(plan.setup, plan.start.state, [0]).of(0)
+    template = Templates(replace(plan.setup, engine=Watched), plan.federation.terms.schema).answering(received)
+    assert steps == [1]
+    assert list(template.forms) == ["delta"]
+    assert template.forms["delta"].shape == received.shape

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,8 @@ from numpy.typing import NDArray
 
 from fedmerge.core.errors import DataError
 from fedmerge.data.federated import ClientData
+from fedmerge.deploy.messages import Answer
+from fedmerge.deploy.schema import DataSchema
 
 Scale = tuple[tuple[float, ...], tuple[float, ...]]
 """Mean and standard deviation, one of each per feature or channel."""
@@ -99,6 +102,34 @@ def moments_from_plain(plain: Any) -> Moments:
         raise DataError("a site's moments are damaged; expected count, total and squares") from error
     _check(made, len(total) if total.ndim == 1 else 0, None)
     return made
+
+
+def moments_of_answer(answer: Answer, schema: DataSchema) -> Moments:
+    """The moments that a site told of, held against the form that all sites share and its own number of rows.
+
+    Args:
+        answer: The site's to a hello.
+        schema: Of the federation.
+
+    Raises:
+        DataError: naming the site, if they cannot be those of its train rows.
+    """
+    is_image = len(schema.shape) == 3
+    features = schema.shape[0] if is_image else math.prod(schema.shape)
+    count = answer.num_train * (math.prod(schema.shape) // features)
+    who = f"site {answer.site!r}"
+    try:
+        found = moments_from_plain(answer.moments)
+    except DataError as error:
+        raise DataError(f"{who}: {error}") from error
+    if len(found.total) != features:
+        raise DataError(
+            f"{who}: got sums of {len(found.total)} {'channels' if is_image else 'features'}; the federation has "
+            f"{features}"
+        )
+    if found.count != count:
+        raise DataError(f"{who}: got sums over {found.count} numbers each; its {answer.num_train} rows have {count}")
+    return found
 
 
 _LARGEST = 2.0**63

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from fedmerge.deploy.trees import form_of
 from fedmerge.experiment.simulation import Setup
 from fedmerge.runtime import first_fleet
 from fedmerge.runtime.rounds import ClientRound
-from fedmerge.training import Planned
+from fedmerge.training import LocalTraining, Planned
 
 MOST_BYTES = 1 << 29
 """Of messages that are made at once."""
@@ -61,7 +62,7 @@ class Outbox:
 
 
 class Templates:
-    """What an update looks like, as the method's own code makes it: a made-up client trains on made-up examples.
+    """What an update looks like, as the method's own code makes it: a made-up client takes one step.
 
     It depends on the form of what the client received, so that one template serves all rounds that send alike.
 
@@ -84,8 +85,9 @@ class Templates:
     def _made(self, received: Any) -> Template:
         setup = self._setup
         layout, options = setup.layout, setup.options
+        training = replace(setup.training, steps=1, epochs=LocalTraining.epochs)  # more steps have the same form
         fleet = first_fleet(setup.played, layout.read(setup.module), 1, layout.num_trainable, options.buffers)
-        plan = Planned(_made_up(self._schema, options.dtype), setup.training, setup.training.lr, options.seed, 1, 0)
+        plan = Planned(_made_up(self._schema, options.dtype), training, training.lr, options.seed, 1, 0)
         job = (received, fleet.private[0], plan, fleet.buffers[0])
         update, _, _ = setup.engine.map(ClientRound(setup.played, fleet.rules), [job])[0]
         return template_of(update)

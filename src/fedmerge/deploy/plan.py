@@ -8,9 +8,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from fedmerge.core.errors import UsageError
 from fedmerge.core.keeping import travelling
 from fedmerge.deploy.federation import FederationConfig
 from fedmerge.deploy.outbox import Templates
+from fedmerge.deploy.protection import privacy_faults
 from fedmerge.experiment.choice import Choice
 from fedmerge.experiment.federation import drawer
 from fedmerge.experiment.privacy_check import privacy_of
@@ -51,6 +53,9 @@ def plan_of(federation: FederationConfig) -> Plan:
         UsageError: if the method and the network do not fit each other, or a private run's conditions do not hold.
     """
     terms = federation.terms
+    faults = privacy_faults(terms)
+    if faults:
+        raise UsageError("\n".join(faults))
     schema, options = terms.schema, terms.options
     data = replace(
         schema.without_examples(federation.names),

@@ -10,9 +10,11 @@ from flwr.clientapp import ClientApp
 
 from fedmerge.core.errors import FedmergeError
 from fedmerge.core.text import brief
-from fedmerge.deploy.client import answer_to
+from fedmerge.deploy.client import agreed_terms, answer_to
 from fedmerge.deploy.flower.wire import failure_records, letter_from, records_of
+from fedmerge.deploy.messages import Letter, order_from
 from fedmerge.deploy.site import SiteConfig, read_site
+from fedmerge.deploy.telling import tellable, told_to_server
 
 log = logging.getLogger(__name__)
 app = ClientApp()
@@ -37,15 +39,28 @@ def take_model(message: Message, context: Context) -> Message:
 
 
 def _answer(message: Message, context: Context) -> Message:
-    """The site's answer; where the user can mend something, the server is told what, instead of a traceback."""
+    """The site's answer, or that it has none. No error leaves this function: Flower would send its whole text."""
     try:
-        letter = letter_from(message.content)
-        if isinstance(letter, str):
-            raise FedmergeError("a message of the server says that it is a failure")  # noqa: TRY301 - told like others
-        return Message(records_of(answer_to(letter, _site_of(context))), reply_to=message)
+        return Message(records_of(_answered(message, context)), reply_to=message)
     except (FedmergeError, OSError) as error:
         log.error("%s", error)  # noqa: TRY400 - the user's to mend, no traceback
-        return Message(failure_records(str(error)), reply_to=message)
+        told = told_to_server(error)
+    except Exception as error:  # whatever the site's own data or function bring about
+        log.exception("the site's program failed")
+        told = told_to_server(error)
+    return Message(failure_records(told), reply_to=message)
+
+
+def _answered(message: Message, context: Context) -> Letter:
+    with tellable():
+        letter = letter_from(message.content)
+        if isinstance(letter, str):
+            raise FedmergeError("a message of the server says that it is a failure")
+        order = order_from(letter.text)
+    site = _site_of(context)
+    with tellable(site.folder):
+        agreed_terms(order.terms, site)
+    return answer_to(letter, site)
 
 
 def _site_of(context: Context) -> SiteConfig:
