@@ -89,6 +89,13 @@ def test_a_run_that_goes_on_does_not_wait_for_all_sites(tmp_path):
     assert record.num_train[1] == 31  # what was known of it stays
 
 
+def test_a_run_that_goes_on_asks_nobody_who_they_are_where_keys_say_it(tmp_path):
+    federation = write_federation(tmp_path / "f", deploy=QUICK)
+    with pytest.raises(KeyboardInterrupt):
+        run(federation, named=True, tamper=Spoiling("clinic-b", interrupt, number=3))
+    assert {kind for _, kind in run(federation, named=True).sent} == {"round", "final"}
+
+
 def test_sites_that_all_fail_for_a_while_are_asked_again(tmp_path):
     federation, whole = write_federation(tmp_path / "f", deploy=QUICK), write_federation(tmp_path / "w", deploy=QUICK)
     clock = SlowClock()

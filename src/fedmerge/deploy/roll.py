@@ -72,6 +72,7 @@ class Roll:
         clock: Time.
         doubt: Says why a site that introduces itself cannot take part.
         reports: What each site said of itself, by name.
+        familiar: Sites that need not be asked who they are where their key says it: the run knows their counts.
     """
 
     link: Link
@@ -82,6 +83,7 @@ class Roll:
     clock: Clock
     doubt: Doubt = no_doubt
     reports: dict[str, Answer] = field(default_factory=dict)
+    familiar: frozenset[str] = frozenset()
     _claims: dict[int, str] = field(default_factory=dict)
     _refused: dict[Connection, float] = field(default_factory=dict)
     _hellos: dict[str, Contact] = field(default_factory=dict)
@@ -120,7 +122,7 @@ class Roll:
     def _greet(self, contact: Contact, now: float) -> None:
         """Asks a connection once who it is, unless all that is known already."""
         connection = contact[:2]
-        known = contact.name is not None and contact.name in self.reports
+        known = contact.name is not None and (contact.name in self.reports or contact.name in self.familiar)
         due, _ = self._pauses.get(connection, (now, 0.0))
         if known or connection in self._greeted or connection in self._refused or now < due:
             return

@@ -110,6 +110,7 @@ def _run(plan: Plan, deployment: Deployment, post: Post) -> None:
     record = read_run_alone(folder) if (folder / "run.json").is_file() else None
     if record is not None:
         _refuse_others(plan, record)
+        post.roll.familiar = frozenset(name for name, n in zip(record.client_names, record.num_train, strict=True) if n)
     if record is not None and record.status == "finished":
         remove_all(folder)
         shutil.rmtree(folder / REPLIES, ignore_errors=True)
