@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from fedmerge.core.errors import DataError, FedmergeError, UsageError
+from fedmerge.deploy.private_state import BusyError
 from fedmerge.experiment.store import versions
 
 _LOOK = "the site's own log says more"
 _SENTENCES: tuple[tuple[type[BaseException], str], ...] = (
+    (BusyError, "another process of the site is at work; it answers when it is asked later"),
     (DataError, f"the site's data cannot be used as they are; {_LOOK}"),
     (UsageError, f"something in the site's folder or settings cannot be used as it is; {_LOOK}"),
     (FedmergeError, f"the site cannot do what it was asked for; {_LOOK}"),

@@ -11,8 +11,9 @@ from flwr.clientapp import ClientApp
 from fedmerge.core.errors import FedmergeError
 from fedmerge.core.text import brief
 from fedmerge.deploy.client import agreed_terms, answer_to
-from fedmerge.deploy.flower.wire import failure_records, letter_from, records_of
+from fedmerge.deploy.flower.wire import Refused, failure_records, letter_from, records_of
 from fedmerge.deploy.messages import Letter, order_from
+from fedmerge.deploy.private_state import BusyError
 from fedmerge.deploy.site import SiteConfig, read_site
 from fedmerge.deploy.telling import tellable, told_to_server
 
@@ -44,17 +45,20 @@ def _answer(message: Message, context: Context) -> Message:
         return Message(records_of(_answered(message, context)), reply_to=message)
     except (FedmergeError, OSError) as error:
         log.error("%s", error)  # noqa: TRY400 - the user's to mend, no traceback
-        told = told_to_server(error)
+        return _refusal(error, message)
     except Exception as error:  # whatever the site's own data or function bring about
         log.exception("the site's program failed")
-        told = told_to_server(error)
-    return Message(failure_records(told), reply_to=message)
+        return _refusal(error, message)
+
+
+def _refusal(error: Exception, message: Message) -> Message:
+    return Message(failure_records(told_to_server(error), busy=isinstance(error, BusyError)), reply_to=message)
 
 
 def _answered(message: Message, context: Context) -> Letter:
     with tellable():
         letter = letter_from(message.content)
-        if isinstance(letter, str):
+        if isinstance(letter, Refused):
             raise FedmergeError("a message of the server says that it is a failure")
         order = order_from(letter.text)
     site = _site_of(context)
