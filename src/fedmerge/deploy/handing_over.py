@@ -51,7 +51,7 @@ def hand_over(plan: Plan, deployment: Deployment, post: Post, record: RunRecord,
         tree, base = box.of(i), since[i]
         form = tuple(form_of(tree))
         order = Order("final", deployment.run, number, i, names[i], terms, base=base, keep=(base,), form=form)
-        return lettered(order, tree)
+        return lettered(replace(order, seconds=post.seconds(0)), tree)
 
     def take(name: str, letter: Letter) -> Taken:
         answer = answer_from(letter.text)

@@ -162,6 +162,15 @@ class Post:
             )
         return missing
 
+    def seconds(self, needed: int) -> float:
+        """How long a site's answer may take to be of any use.
+
+        Args:
+            needed: Answers that must count; while there are fewer, the server waits beyond the deadline.
+        """
+        options = self.roll.options
+        return max(options.deadline, options.patience if needed else 0.0) + GRACE
+
     def _is_enough(self, asking: Asking, tally: _Tally) -> bool:
         """Whether a round may close before all have answered."""
         if tally.counted < asking.needed:
@@ -182,14 +191,14 @@ class Post:
     def _send(self, asking: Asking, tally: _Tally) -> None:
         roll = self.roll
         here, now = roll.present(), roll.clock.now()
-        waits = max(roll.options.deadline, roll.options.patience if asking.needed else 0.0)
+        seconds = self.seconds(asking.needed)
         for name, site in tally.waiting.items():
             contact = here.get(name)
             if contact is None or now < site.not_before:
                 continue
             if site.ticket is None or site.is_lost_on(contact):
                 letter = asking.letters[name]()
-                site.ticket = roll.link.push(contact, asking.kind, letter, group=asking.group, seconds=waits + GRACE)
+                site.ticket = roll.link.push(contact, asking.kind, letter, group=asking.group, seconds=seconds)
                 site.contact = contact
                 roll.board.asked(name, asking.group)
 

@@ -148,6 +148,7 @@ def _ask(
             base=since[i],
             keep=(since[i], selected[i]),
             form=tuple(form_of(tree)),
+            seconds=office.post.seconds(quorum),
         )
         return lettered(order, tree)
 
