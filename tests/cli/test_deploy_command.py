@@ -139,6 +139,40 @@ def test_a_site_that_leaves_is_told_what_remains(capsys, tmp_path, demo):
     assert "site-2" not in (tmp_path / "f/federation.toml").read_text()
 
 
+def test_a_site_keeps_its_key_at_home(capsys, tmp_path, demo):
+    shutil.copytree(demo, tmp_path / "f")
+    shutil.copytree(tmp_path / "f/sites/site-1", tmp_path / "home")
+    for name in ("node.key", "node.pub"):
+        (tmp_path / "home" / name).unlink()
+    line = told(capsys, "key", tmp_path / "home").strip()
+    assert "site-1" in told(capsys, "add", tmp_path / "f", "site-1", "--public-key", tmp_path / "home/node.pub")
+    assert read_federation(tmp_path / "f").sites["site-1"] == line
+    assert not (tmp_path / "f/sites/site-1/node.key").exists()
+    shutil.copy(tmp_path / "f/federation.toml", tmp_path / "home/federation.toml")
+    assert "\nok  key " in told(capsys, "check", tmp_path / "home", "--offline")
+
+
+def test_a_site_is_taken_out_before_the_first_run_only(capsys, tmp_path, demo):
+    assert "deploy forget" in told(capsys, "remove", demo, "site-2", code=2)
+    shutil.copytree(demo, tmp_path / "f", ignore=shutil.ignore_patterns("run"))
+    assert f"{tmp_path}/f/removed/site-2" in told(capsys, "remove", tmp_path / "f", "site-2").replace("\n", "")
+    assert read_federation(tmp_path / "f").names == ("site-1", "site-3")
+
+
+def test_the_certificate_is_renewed(capsys, tmp_path, demo):
+    shutil.copytree(demo, tmp_path / "f")
+    text = told(capsys, "renew", tmp_path / "f", "--days", "99", "--host", "fed.example.org")
+    assert "99 days, for 127.0.0.1, localhost, fed.example.org" in text.replace("\n", " ")
+    assert "days" in told(capsys, "renew", tmp_path / "f", "--days", "0", code=2)
+
+
+def test_a_sites_unit_is_written_at_the_site(capsys, tmp_path, demo):
+    shutil.copytree(demo / "sites/site-1", tmp_path / "site")
+    assert "fedmerge-site.service" in told(capsys, "start", "site", tmp_path / "site", "--unit")
+    assert (tmp_path / "site/fedmerge-site.service").is_file()
+    assert "its units are in" in told(capsys, "start", "server", demo, "--unit", code=2)
+
+
 def test_a_site_forgets_its_own_model(capsys, tmp_path, demo):
     shutil.copytree(demo / "sites/site-2", tmp_path / "site-2")
     assert "removed" in told(capsys, "forget-own", tmp_path / "site-2", "--model")

@@ -13,16 +13,10 @@ from hypothesis import strategies as st
 
 from fedmerge.core.errors import UsageError
 from fedmerge.deploy import units
-from fedmerge.deploy.blueprint import (
-    Blueprint,
-    add_site,
-    make_site_key,
-    remove_site,
-    renew_certificate,
-    write_blueprint,
-)
+from fedmerge.deploy.blueprint import Blueprint, write_blueprint
 from fedmerge.deploy.federation import read_federation
 from fedmerge.deploy.identity import describe, line_of_key_file
+from fedmerge.deploy.members import add_site, make_site_key, remove_site, renew_certificate, write_site_unit
 from fedmerge.deploy.roster import _text_with_sites, read_roster
 
 if sys.version_info >= (3, 11):
@@ -84,7 +78,7 @@ def test_the_whole_tree_is_there(written):
             "compose.yaml",
             "nginx.conf",
             *(f"sites/{name}/{file}" for name in ("clinic-a", "clinic-b") for file in own),
-            *(f"systemd/fedmerge-{name}.service" for name in ("proxy", "run", "server", "site@")),
+            *(f"systemd/fedmerge-{name}.service" for name in ("proxy", "run", "server")),
         ]
     )
 
@@ -94,6 +88,7 @@ def test_private_keys_are_their_owners_alone(written):
     assert len(keys) == 4
     assert {stat.S_IMODE(path.stat().st_mode) for path in keys} == {0o600}
     assert stat.S_IMODE((written / "sites" / "clinic-a").stat().st_mode) == 0o700
+    assert stat.S_IMODE(written.stat().st_mode) == 0o700
 
 
 def test_no_site_has_a_key_of_the_server_or_of_another_site(written):
@@ -242,6 +237,32 @@ def test_a_site_with_a_key_of_its_own_is_added(folder, tmp_path):
         add_site(folder, "clinic-d", line)
 
 
+def test_a_site_that_takes_part_keeps_its_key_at_home(folder, tmp_path):
+    place, old = folder / "sites" / "clinic-a", read_roster(folder).sites
+    line = make_site_key(tmp_path / "own")
+    for _ in range(2):  # the second time changes nothing
+        assert add_site(folder, "clinic-a", line + " somebody@somewhere\n") == place
+        assert read_roster(folder).sites == {"clinic-a": line, "clinic-b": old["clinic-b"]}
+        assert not (place / "node.key").exists()
+        assert (place / "node.pub").read_text() == line + "\n"
+        assert len({path.read_bytes() for path in folder.rglob("federation.toml")}) == 1
+    with pytest.raises(UsageError, match=r"it is the key of site 'clinic-a'"):
+        add_site(folder, "clinic-b", line)
+
+
+def test_a_new_key_in_the_sites_own_folder_on_this_machine_stays_there(folder):
+    place = folder / "sites" / "clinic-a"
+    (place / "node.key").unlink()
+    line = make_site_key(place)
+    add_site(folder, "clinic-a", line)
+    assert line_of_key_file(place / "node.key") == line == read_roster(folder).sites["clinic-a"]
+
+
+def test_a_site_that_takes_part_is_not_added_without_a_key(folder):
+    with pytest.raises(UsageError, match=r"got 'clinic-a', which takes part already; .*--public-key"):
+        add_site(folder, "clinic-a")
+
+
 def test_a_key_is_made_for_a_site_that_brings_none(folder):
     place = add_site(folder, "clinic-c")
     assert line_of_key_file(place / "node.key") == read_roster(folder).sites["clinic-c"]
@@ -273,6 +294,17 @@ def test_a_site_is_taken_out_and_its_folder_kept(folder):
         remove_site(folder, "clinic-a")
     add_site(folder, "clinic-a")
     assert remove_site(folder, "clinic-a") == folder / "removed" / "clinic-a.1"
+
+
+def test_no_site_is_taken_out_of_a_run_that_has_begun(folder):
+    (folder / "run").mkdir()
+    (folder / "run" / "run.json").write_text("{}")
+    before = files(folder)
+    with pytest.raises(UsageError, match=r"run has begun with 'clinic-a'.*fedmerge deploy forget"):
+        remove_site(folder, "clinic-a")
+    assert [name for name in files(folder) if not name.endswith(".lock")] == before
+    (folder / "run" / "run.json").unlink()
+    remove_site(folder, "clinic-a")
 
 
 def test_comments_in_the_configuration_stay(folder):
@@ -322,6 +354,24 @@ def test_a_new_certificate_is_for_the_same_hosts_and_the_same_authority(folder):
     assert (folder / "ca.crt").read_bytes() == before[1]
 
 
+def test_a_new_certificate_can_have_more_hosts(folder):
+    assert renew_certificate(folder, days=9, hosts=["new.example.org", "10.1.2.3"]).hosts == (
+        *("fed.example.org", "10.1.2.3", "localhost", "127.0.0.1"),
+        "new.example.org",
+    )
+
+
+def test_without_its_authority_a_server_gets_no_certificate(folder, tmp_path):
+    (folder / "ca.key").rename(tmp_path / "ca.key")
+    before = (folder / "server.crt").read_bytes()
+    with pytest.raises(UsageError, match=r"ca\.key is not there: .*put it back for this command"):
+        renew_certificate(folder, days=200)
+    assert (folder / "server.crt").read_bytes() == before
+    insecure = write_blueprint(tmp_path / "i", blueprint(address="127.0.0.1:9092", insecure=True)).folder
+    with pytest.raises(UsageError, match="without certificates"):
+        renew_certificate(insecure, days=200)
+
+
 def test_what_is_no_federation_is_told_apart(tmp_path):
     with pytest.raises(UsageError, match=r"it has no federation\.toml; make one with `fedmerge deploy init`"):
         read_roster(tmp_path)
@@ -342,6 +392,11 @@ def test_the_compose_file_is_yaml_with_what_each_service_needs(written):
         **dict.fromkeys(("proxy", "server", "site-1", "site-2"), "always"),
         "run": "on-failure",
     }
+    seen = ("nginx.conf", "ca.crt", "server.crt", "server.key")
+    assert services["proxy"]["volumes"] == [
+        *(f"./{name}:{written}/{name}:ro" for name in seen),
+        f"./proxy:{written}/proxy",
+    ]
     assert services["site-1"]["volumes"] == [f"./sites/clinic-a:{written}/sites/clinic-a"]
     assert all("healthcheck" in services[name] for name in ("proxy", "server"))
     compile(services["server"]["healthcheck"]["test"][-1], "health", "exec")
@@ -354,11 +409,14 @@ def test_any_text_survives_yaml_and_compose(text):
     assert found == {"a": {"b": [text.replace("$", "$$")], "c": text.replace("$", "$$")}}
 
 
-def test_systemd_accepts_every_unit(written):
+def test_systemd_accepts_every_unit(written, tmp_path):
     analyze = shutil.which("systemd-analyze")
     if analyze is None:
         pytest.skip("needs systemd-analyze (Debian package systemd)")
-    made = sorted((written / "systemd").iterdir())
+    made = [
+        *sorted((written / "systemd").iterdir()),
+        write_site_unit(shutil.copytree(written / "sites", tmp_path / "s") / "clinic-a"),
+    ]
     assert len(made) == 4
     for path in made:
         if "proxy" in path.name and shutil.which("nginx") is None:
@@ -372,9 +430,25 @@ def test_systemd_reads_words_with_spaces_and_specifiers(written, tmp_path):
     assert f'ExecStart="{tmp_path}/fed merge" deploy start server "{tmp_path}/100%% mine"\n' in text
     assert "Restart=always\n" in text
     assert "Restart=on-failure\nRestartPreventExitStatus=2\n" in units.run_unit(tmp_path, tmp_path, "me")
-    assert "start site %f\nRestart=always\n" in units.site_unit(tmp_path)
+    text = units.site_unit(tmp_path / "100% mine", tmp_path / "fedmerge", "me")
+    assert f'User=me\nExecStart={tmp_path}/fedmerge deploy start site "{tmp_path}/100%% mine"\nRestart=always\n' in text
     assert "CAP_NET_BIND_SERVICE" in units.proxy_unit(tmp_path, tmp_path, "me", port=443)
     assert "CAP_NET_BIND_SERVICE" not in units.proxy_unit(tmp_path, tmp_path, "me", port=9092)
+
+
+def test_a_sites_unit_is_made_at_the_site_for_its_owner_and_never_for_root(written, tmp_path):
+    place = tmp_path / "moved"
+    shutil.copytree(written / "sites" / "clinic-a", place)
+    path = write_site_unit(place)
+    assert path == place / "fedmerge-site.service"
+    assert f"{os.path.dirname(sys.executable)}/fedmerge deploy start site {place}\n" in path.read_text()
+    assert "\nUser=root\n" not in path.read_text()
+    if os.getuid() == 0:
+        assert "\nUser=FILL_IN\n" in path.read_text()
+        os.chown(place, 54321, -1)
+        assert "\nUser=54321\n" in write_site_unit(place).read_text()
+    with pytest.raises(UsageError, match=r"is no site: it has no site\.toml"):
+        write_site_unit(tmp_path)
 
 
 def test_nginx_accepts_its_configuration(written):

@@ -13,8 +13,9 @@ import pytest
 from fedmerge.core.errors import UsageError
 from fedmerge.deploy import commands, marks, processes
 from fedmerge.deploy.address import free_port
-from fedmerge.deploy.blueprint import Blueprint, add_site, make_site_key, remove_site, write_blueprint
+from fedmerge.deploy.blueprint import Blueprint, write_blueprint
 from fedmerge.deploy.commands import RunEnd, register_sites
+from fedmerge.deploy.members import add_site, make_site_key, remove_site
 from fedmerge.deploy.processes import (
     Processes,
     environment,

@@ -15,9 +15,10 @@ import pytest
 from fedmerge.core.errors import UsageError
 from fedmerge.deploy import marks
 from fedmerge.deploy.address import free_port
-from fedmerge.deploy.blueprint import CONNECTION, Blueprint, add_site, make_site_key, remove_site, write_blueprint
+from fedmerge.deploy.blueprint import CONNECTION, Blueprint, write_blueprint
 from fedmerge.deploy.commands import NODES, open_run, register_sites, submit
 from fedmerge.deploy.identity import public_key_bytes
+from fedmerge.deploy.members import add_site, make_site_key, remove_site
 from fedmerge.deploy.processes import (
     Processes,
     environment,

@@ -114,8 +114,8 @@ def _next_steps(folder: Path, sites: Sequence[str], *, demo: bool) -> None:
 
 
 def add(options: argparse.Namespace) -> None:
-    """Adds a site and says where its folder is."""
-    from fedmerge.deploy.blueprint import add_site  # noqa: PLC0415
+    """Adds a site, or another key of one, and says where its folder is."""
+    from fedmerge.deploy.members import add_site  # noqa: PLC0415
 
     line = None
     if options.public_key is not None:
@@ -126,9 +126,28 @@ def add(options: argparse.Namespace) -> None:
     say(f"site        {add_site(options.folder, options.name, line)}")
 
 
+def remove(options: argparse.Namespace) -> None:
+    """Takes a site out and says where its folder is now."""
+    from fedmerge.deploy.members import remove_site  # noqa: PLC0415
+
+    place = remove_site(options.folder, options.name)
+    say(f"removed     {options.name}: its key is taken off the SuperLink at the next start of a run")
+    if place is not None:
+        say(f"its folder  {place}")
+
+
+def renew(options: argparse.Namespace) -> None:
+    """Makes a new certificate and says what must be started again."""
+    from fedmerge.deploy.members import renew_certificate  # noqa: PLC0415
+
+    found = renew_certificate(options.folder, days=options.days, hosts=options.host)
+    say(f"certificate {Path(options.folder) / 'server.crt'}, {found.days_left:.0f} days, for {', '.join(found.hosts)}")
+    say("next        start the server (fedmerge deploy start server) and the proxy (nginx) again; sites need nothing")
+
+
 def key(options: argparse.Namespace) -> None:
     """Makes a key pair and shows the public line."""
-    from fedmerge.deploy.blueprint import make_site_key  # noqa: PLC0415
+    from fedmerge.deploy.members import make_site_key  # noqa: PLC0415
 
     say(make_site_key(options.folder))
 
@@ -161,10 +180,26 @@ def rehearse(options: argparse.Namespace) -> None:
 
 
 def start(options: argparse.Namespace) -> None:
-    """Runs a part until told to end."""
+    """Runs a part until told to end, or writes the unit that does."""
     from fedmerge.deploy.operate import start_server, start_site  # noqa: PLC0415
 
+    if options.unit:
+        _unit(options)
+        return
     (start_server if options.what == "server" else start_site)(options.folder, _said)
+
+
+def _unit(options: argparse.Namespace) -> None:
+    from fedmerge.deploy.members import write_site_unit  # noqa: PLC0415
+    from fedmerge.deploy.units import NOBODY  # noqa: PLC0415
+
+    if options.what == "server":
+        raise UsageError(f"--unit: got one for the server; its units are in {Path(options.folder) / 'systemd'}")
+    path = write_site_unit(options.folder)
+    say(f"unit        {path}")
+    if f"User={NOBODY}\n" in path.read_text(encoding="utf-8"):
+        say(f"first       put a user that is not root in the place of {NOBODY}, and give it the site's folder")
+    say(f"next        systemctl link {path}; systemctl enable --now {path.name}")
 
 
 def run(options: argparse.Namespace) -> None:

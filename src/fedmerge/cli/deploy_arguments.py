@@ -12,7 +12,9 @@ from fedmerge.core.errors import UsageError, unknown_name
 Command = Callable[[argparse.Namespace], None]
 ACTIONS = {
     "init": "write the folder of a new federation: certificates, keys, a folder for each site, what starts it all",
-    "add": "let one more site take part",
+    "add": "let one more site take part, or give one another key",
+    "remove": "take a site out before the first run; later it is forget",
+    "renew": "make a new certificate for the server; sites need nothing new",
     "key": "make a key pair in a site's folder, at the site",
     "check": "ask everything that can be asked at a site before the first round",
     "rehearse": "run the federation in one process, where all sites' folders are on this machine",
@@ -88,7 +90,20 @@ def _folder(parser: argparse.ArgumentParser, whose: str = "federation", command:
 def _add(parser: argparse.ArgumentParser) -> None:
     _folder(parser, command=deploy.add)
     parser.add_argument("name", metavar="NAME", help="of the site")
-    parser.add_argument("--public-key", metavar="FILE", help="node.pub that the site made itself (deploy key)")
+    parser.add_argument(
+        "--public-key", metavar="FILE", help="node.pub that the site made itself (deploy key); replaces an older one"
+    )
+
+
+def _remove(parser: argparse.ArgumentParser) -> None:
+    _folder(parser, command=deploy.remove)
+    parser.add_argument("name", metavar="NAME", help="of the site")
+
+
+def _renew(parser: argparse.ArgumentParser) -> None:
+    _folder(parser, command=deploy.renew)
+    parser.add_argument("--days", type=int, default=730, help="that it is valid (default: 730)")
+    parser.add_argument("--host", action="append", default=[], help="a further name of the server (repeatable)")
 
 
 def _check(parser: argparse.ArgumentParser) -> None:
@@ -97,9 +112,10 @@ def _check(parser: argparse.ArgumentParser) -> None:
 
 
 def _start(parser: argparse.ArgumentParser) -> None:
-    parser.usage = "fedmerge deploy start {server FEDERATION | site SITE}"
+    parser.usage = "fedmerge deploy start {server FEDERATION | site SITE [--unit]}"
     parser.add_argument("what", choices=["server", "site"], help="which part")
     _folder(parser, "federation or the site", deploy.start)
+    parser.add_argument("--unit", action="store_true", help="write a systemd unit of the site into its folder instead")
 
 
 def _rehearse(parser: argparse.ArgumentParser) -> None:
@@ -149,6 +165,8 @@ def _simulate(parser: argparse.ArgumentParser) -> None:
 _BUILDERS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "init": _init,
     "add": _add,
+    "remove": _remove,
+    "renew": _renew,
     "key": lambda parser: _folder(parser, "site", deploy.key),
     "check": _check,
     "rehearse": _rehearse,

@@ -1,4 +1,4 @@
-"""A federation's folder: written as a whole from a blueprint, and sites added to it and taken out of it later."""
+"""A federation's folder, written as a whole from a blueprint."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import tomli_w
 
 from fedmerge._version import __version__
-from fedmerge.core.errors import UsageError, together, unknown_name
+from fedmerge.core.errors import UsageError, together
 from fedmerge.core.files import make_folder, write_atomically
 from fedmerge.core.options import build_options, check_options, option
 from fedmerge.core.text import brief
@@ -26,7 +26,6 @@ from fedmerge.deploy.roster import (
     OPEN_ADVICE,
     Roster,
     Table,
-    change_sites,
     name_faults,
     read_roster,
     write_federation,
@@ -89,107 +88,22 @@ def write_blueprint(folder: Path | str, blueprint: Blueprint) -> Roster:
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise UsageError(f"{folder} is not an empty folder; give a new one for the federation")
     make_folder(place)
+    place.chmod(0o700)
     if not blueprint.insecure:
         identity.make_authority(place, blueprint.name, days=max(blueprint.days, _LEAST_AUTHORITY_DAYS))
         hosts = [host_and_port(blueprint.address)[0], *blueprint.hosts]
         identity.make_server_certificate(place, blueprint.name, hosts, days=blueprint.days)
     for name in ("logs", FLOWER_HOME, APP, "sites"):
         make_folder(place / name)
-    keys = {name: _make_site(place, name, insecure=blueprint.insecure) for name in sorted(blueprint.sites)}
+    keys = {name: make_site(place, name, insecure=blueprint.insecure) for name in sorted(blueprint.sites)}
     write_federation(place, FEDERATION_HEAD + tomli_w.dumps(_federation_table(blueprint, keys)), blueprint.sites)
     for name in blueprint.sites:
-        _write_site_file(place / "sites" / name, name, blueprint.address, blueprint.site_data.get(name))
+        write_site_file(place / "sites" / name, name, blueprint.address, blueprint.site_data.get(name))
     roster = read_roster(place)
     write_atomically(place / FLOWER_HOME / "config.toml", _flower_text(roster))
     write_atomically(place / APP / "pyproject.toml", app_text(place))
     _write_starters(roster)
     return roster
-
-
-def add_site(
-    folder: Path | str, name: str, public_key_line: str | None = None, *, data: Mapping[str, Any] | None = None
-) -> Path:
-    """Lets one more site take part.
-
-    Args:
-        folder: The federation's.
-        name: Of the site.
-        public_key_line: Of a key that the site made itself; None makes a pair here, to be copied with the folder.
-        data: Table ``data`` of its ``site.toml``; None leaves an example.
-
-    Returns:
-        The site's folder, which has all that the site needs.
-
-    Raises:
-        UsageError: if the name or the key is taken or cannot be one.
-    """
-    roster = read_roster(folder)
-    faults = name_faults("", (*roster.sites, name))
-    if faults:
-        raise UsageError(together(faults))
-    place = units.check_path(roster.folder / "sites" / name)
-    if place.exists():
-        raise UsageError(f"{place} is there already; move it away first")
-    line = _own_line(roster, public_key_line)
-    before = _compose(roster)
-    key = _make_site(roster.folder, name, insecure=roster.deploy.insecure, line=line)
-    _write_site_file(place, name, roster.deploy.address, data)
-    change_sites(roster, {**roster.sites, name: key})
-    _renew_compose(roster.folder, before)
-    return place
-
-
-def remove_site(folder: Path | str, name: str) -> Path | None:
-    """Takes a site out: its key is no longer registered, its folder moves from ``sites`` to ``removed``.
-
-    Flower never takes a removed key again: a site that comes back needs a new one.
-
-    Returns:
-        Where its folder is now; None if there was none.
-
-    Raises:
-        UsageError: if there is no such site.
-    """
-    roster = read_roster(folder)
-    if name not in roster.sites:
-        raise UsageError(unknown_name("site", name, roster.sites))
-    before = _compose(roster)
-    change_sites(roster, {other: key for other, key in roster.sites.items() if other != name})
-    _renew_compose(roster.folder, before)
-    place = roster.folder / "sites" / name
-    if not place.is_dir():
-        return None
-    make_folder(roster.folder / "removed")
-    target = next(
-        path
-        for number in range(1_000_000)
-        if not (path := roster.folder / "removed" / (name if not number else f"{name}.{number}")).exists()
-    )
-    place.rename(target)
-    return target
-
-
-def make_site_key(folder: Path | str) -> str:
-    """Makes a key pair in a site's own folder, so that the private half never travels; gives the line for the server.
-
-    Raises:
-        UsageError: if there is a key already.
-    """
-    place = Path(folder)
-    make_folder(place)
-    return identity.make_key_pair(place)
-
-
-def renew_certificate(folder: Path | str, *, days: int) -> identity.CertificateFacts:
-    """Replaces the server's certificate by one for the same hosts; sites need nothing new. The proxy must reload.
-
-    Raises:
-        UsageError: if there is no authority that can sign.
-    """
-    roster = read_roster(folder)
-    hosts = identity.describe(roster.folder / identity.SERVER).hosts
-    identity.make_server_certificate(roster.folder, roster.deploy.name, hosts, days=days)
-    return identity.describe(roster.folder / identity.SERVER)
 
 
 def _address_faults(blueprint: Blueprint) -> list[str]:
@@ -228,20 +142,7 @@ def _table_faults(blueprint: Blueprint) -> list[str]:
     return faults
 
 
-def _own_line(roster: Roster, line: str | None) -> str | None:
-    """A public key in the form in which it is written down; refused if another site has it."""
-    if line is None:
-        return None
-    if roster.deploy.insecure:
-        raise UsageError("got a public key for a federation without keys (deploy.insecure); leave it out")
-    own = identity.public_line(line)
-    for other, key in roster.sites.items():
-        if key and identity.public_line(key) == own:
-            raise UsageError(f"got the public key {identity.fingerprint(own)}; it is the key of site {brief(other)}")
-    return own
-
-
-def _make_site(folder: Path, name: str, *, insecure: bool, line: str | None = None) -> str:
+def make_site(folder: Path, name: str, *, insecure: bool, line: str | None = None) -> str:
     """A site's folder with certificate and keys; gives its public key, empty without keys."""
     place = folder / "sites" / name
     make_folder(place)
@@ -262,7 +163,8 @@ def _federation_table(blueprint: Blueprint, keys: Mapping[str, str]) -> Table:
     return {**blueprint.config, **data, "deploy": {**own, **insecure, **blueprint.deploy}, "sites": dict(keys)}
 
 
-def _write_site_file(place: Path, name: str, server: str, data: Mapping[str, Any] | None) -> None:
+def write_site_file(place: Path, name: str, server: str, data: Mapping[str, Any] | None) -> None:
+    """A site's ``site.toml``, with an example in the place of ``data`` where that is not known."""
     table: Table = {"name": name, "server": server, "state": "state", "device": "cpu", "anew": False}
     text = _SITE_HEAD + tomli_w.dumps(table) + "\n" + _SITE_DATA
     write_atomically(place / SITE_FILE, text + (tomli_w.dumps({"data": dict(data)}) if data else _SITE_EXAMPLE))
@@ -304,12 +206,11 @@ def app_text(folder: Path) -> str:
 
 
 def _write_starters(roster: Roster) -> None:
-    """Units for systemd, and where there is a proxy its configuration and a compose file."""
-    folder, program, user = roster.folder, Path(sys.executable).with_name("fedmerge"), _owner()
+    """Units of the server for systemd, and where there is a proxy its configuration and a compose file."""
+    folder, program, user = roster.folder, own_program(), user_of(os.getuid())
     texts = {
         "fedmerge-server.service": units.server_unit(folder, program, user),
         "fedmerge-run.service": units.run_unit(folder, program, user),
-        "fedmerge-site@.service": units.site_unit(program),
     }
     if roster.has_proxy:
         address, nginx = roster.deploy.address, Path(shutil.which("nginx") or "/usr/sbin/nginx")
@@ -318,30 +219,37 @@ def _write_starters(roster: Roster) -> None:
         largest = roster.deploy.largest_request
         text = units.nginx_text(folder, address, roster.link, largest_request=largest)
         write_atomically(folder / "nginx.conf", text)
-        write_atomically(folder / "compose.yaml", _compose(roster))
+        write_atomically(folder / "compose.yaml", compose_of(roster))
     make_folder(folder / "systemd")
     for name, text in texts.items():
         write_atomically(folder / "systemd" / name, text)
 
 
-def _owner() -> str:
+def own_program() -> Path:
+    """The command ``fedmerge`` on this machine."""
+    return Path(sys.executable).with_name("fedmerge")
+
+
+def user_of(number: int) -> str:
+    """What a user is called by whose number it is."""
     try:
-        return pwd.getpwuid(os.getuid()).pw_name
+        return pwd.getpwuid(number).pw_name
     except KeyError:  # a number without a name, as in containers
-        return str(os.getuid())
+        return str(number)
 
 
-def _compose(roster: Roster) -> str:
+def compose_of(roster: Roster) -> str:
+    """The compose file of a federation; empty without a proxy."""
     if not roster.has_proxy:
         return ""
     return units.compose_text(roster.folder, roster.deploy.address, roster.link, tuple(roster.sites))
 
 
-def _renew_compose(folder: Path, before: str) -> None:
+def renew_compose(folder: Path, before: str) -> None:
     """Writes the compose file anew, unless somebody has changed it."""
     path = folder / "compose.yaml"
     if before and path.is_file() and path.read_text(encoding="utf-8") == before:
-        write_atomically(path, _compose(read_roster(folder)))
+        write_atomically(path, compose_of(read_roster(folder)))
 
 
 _SITE_HEAD = """\

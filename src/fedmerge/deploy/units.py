@@ -87,17 +87,27 @@ def proxy_unit(folder: Path, nginx: Path, user: str, *, port: int) -> str:
     )
 
 
-def site_unit(program: Path) -> str:
-    """A unit for sites; its instance is the site's folder: ``fedmerge-site@$(systemd-escape --path FOLDER)``.
+def site_unit(folder: Path, program: Path, user: str | None) -> str:
+    """A unit that keeps the SuperNode of a site running.
 
     A SuperNode may end with status 0 when the server goes away, so it starts again whatever the status.
+
+    Args:
+        folder: The site's, on its machine.
+        program: The command ``fedmerge`` there.
+        user: Who owns the folder. None leaves it open, and the unit does not start before somebody has filled it in:
+            what the server sends runs as this user.
     """
     return _unit(
-        "SuperNode of a fedmerge federation in %f",
-        [program, "deploy", "start", "site", "%f"],
+        "SuperNode of a fedmerge federation",
+        [program, "deploy", "start", "site", check_path(folder)],
         restart="always",
-        user=None,
+        user=user or NOBODY,
     )
+
+
+NOBODY = "FILL_IN"
+"""In the place of a user that must be named before a unit starts."""
 
 
 def _unit(
@@ -105,13 +115,12 @@ def _unit(
     command: Sequence[Path | str],
     *,
     restart: str,
-    user: str | None,
+    user: str,
     after: str = "",
     more: Sequence[str] = (),
 ) -> str:
     words = " ".join(_systemd_word(word) for word in command)
     others = " ".join(["network-online.target", *([after] if after else [])])
-    owner = f"User={user}" if user else "# User=the owner of the site's folder and of its data"
     prevent = "\nRestartPreventExitStatus=2" if restart == "on-failure" else ""
     return f"""[Unit]
 Description={description}
@@ -121,7 +130,7 @@ StartLimitIntervalSec=0
 
 [Service]
 Type=exec
-{owner}
+User={user}
 ExecStart={words}
 {"".join(line + chr(10) for line in more)}Restart={restart}{prevent}
 RestartSec=15
@@ -224,7 +233,8 @@ http {{
 def compose_text(folder: Path, address: str, listen: str, sites: Sequence[str]) -> str:
     """A compose file with the server, its proxy, the training and all sites on one machine.
 
-    Sites on machines of their own take their one service with them. A site sees its own folder and no other.
+    Sites on machines of their own take their one service with them. A site sees its own folder and no other, the
+    proxy what it needs to read and no other key than the server's.
 
     Args:
         folder: The federation's; the file lies in it.
@@ -239,11 +249,13 @@ def compose_text(folder: Path, address: str, listen: str, sites: Sequence[str]) 
     host, port = host_and_port(address)
     aliases: Mapping[str, object] = {} if is_ip(host) or is_loopback(host) else {"aliases": [host]}
     shared = {"restart": "always", "volumes": [f".:{place}"]}
+    files = [f"./{name}:{place}/{name}:ro" for name in ("nginx.conf", CA, SERVER, SERVER_KEY)]
     inside = {"network_mode": "service:proxy"}
     services: dict[str, Mapping[str, object]] = {
         "proxy": {
             "image": "nginx:stable-alpine",
-            **shared,
+            "restart": "always",
+            "volumes": [*files, f"./proxy:{place}/proxy"],
             "command": ["nginx", "-e", "stderr", "-c", f"{place}/nginx.conf"],
             "ports": [f"{port}:{port}"],
             "networks": {"default": aliases},
