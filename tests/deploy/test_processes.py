@@ -428,9 +428,33 @@ def test_a_key_that_was_removed_is_never_taken_again(pretended):
     book.write_text(book.read_text().replace('"registered"', '"unregistered"'))
     with pytest.raises(UsageError, match=r"sites\.a: .*never takes a removed one again; make a new key"):
         register_sites(pretended)
+
+
+def test_registering_that_was_killed_before_its_note_locks_nobody_out(pretended, caplog):
+    register_sites(pretended)
     (pretended / "flower" / "nodes.json").unlink()
-    with pytest.raises(UsageError, match=r"sites\.a: .*never takes a removed one again; make a new key"):
+    assert register_sites(pretended) == commands.Registered(kept=("a",))
+    assert "keys of a under numbers that are not known" in caplog.text
+    assert json.loads((pretended / "flower" / "book.json").read_text())["100"]["status"] == "registered"
+
+
+def test_without_its_notes_it_removes_nobody_and_takes_in_who_is_new(pretended):
+    register_sites(pretended)
+    (pretended / "flower" / "nodes.json").unlink()
+    add_site(pretended, "b")
+    assert register_sites(pretended) == commands.Registered(added=("b",), kept=("a",))
+    remove_site(pretended, "b")
+    assert register_sites(pretended) == commands.Registered(kept=("a",), removed=("101",))
+    add_site(pretended, "b", (pretended / "removed" / "b" / "node.pub").read_text())
+    with pytest.raises(UsageError, match=r"sites\.b: .*never takes a removed one again"):
         register_sites(pretended)
+
+
+def test_a_site_with_another_key_is_let_in_with_that_one_only(pretended, tmp_path):
+    register_sites(pretended)
+    add_site(pretended, "a", make_site_key(tmp_path / "home"))
+    assert register_sites(pretended) == commands.Registered(added=("a",), removed=("100",))
+    assert register_sites(pretended) == commands.Registered(kept=("a",))
 
 
 def test_a_superlink_with_a_new_database_gets_all_keys_again(pretended):

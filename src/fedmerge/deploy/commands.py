@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import subprocess
 import time
@@ -20,15 +21,17 @@ from fedmerge.deploy.blueprint import APP, CONNECTION, FLOWER_HOME
 from fedmerge.deploy.processes import environment, program
 from fedmerge.deploy.roster import Roster, read_roster
 
+_log = logging.getLogger(__name__)
+
 NODES = "nodes.json"
-"""In the folder ``flower``: the number that the SuperLink gave to every registered key."""
+"""In the folder ``flower``: the number that the SuperLink gave to every key, also to removed ones."""
 
 _COMMAND_SECONDS = 120.0
 """That one command may take; following a run may take as long as it likes."""
 _ENDING_SECONDS = 30.0
 """Between the last line that a run says and its end."""
 _IN_USE = "already in use"
-"""What Flower says of a key that it has, whether or not it was removed."""
+"""What Flower says of a key that it has, whether or not it was removed; it does not say under which number."""
 _STARTED = re.compile(r"Successfully started run (\d+)")
 _OPEN = ("pending", "starting", "running")
 
@@ -51,7 +54,12 @@ class Registered:
 def register_sites(folder: Path | str) -> Registered:
     """Makes the SuperLink, which must be running, accept the keys in ``federation.toml`` and no others.
 
-    Whatever is right already is left alone, so this can be called at any time.
+    Whatever is right already is left alone, so this can be called at any time. Killed at any moment, it goes on when it
+    is called again.
+
+    Flower lists nodes by number alone. A key that it has under a number that is lost (killed between two steps,
+    ``nodes.json`` gone) is taken to be registered; while there is such a one, only nodes that are known to be no
+    site's are removed.
 
     Raises:
         UsageError: if a key was removed before (Flower never takes it again).
@@ -67,19 +75,36 @@ def register_sites(folder: Path | str) -> Registered:
     status = {str(node["node-id"]): str(node["status"]) for node in _ask(roster, "supernode", "list")["nodes"]}
     lines = {name: identity.public_line(key) for name, key in roster.sites.items()}
     nodes = {line: node for line, node in _read_nodes(roster).items() if node in status}
-    retired = [name for name, line in lines.items() if line in nodes and status[nodes[line]] == "unregistered"]
+    retired = [name for name, line in lines.items() if status.get(nodes.get(line, "")) == "unregistered"]
     if retired:
         raise UsageError(together(_retired(name) for name in retired))
-    kept = [name for name, line in lines.items() if line in nodes]
-    added = [name for name in lines if name not in kept]
-    for name in added:
-        nodes[lines[name]] = _register(roster, name, lines[name])
-        _write_nodes(roster, nodes)
-    ours = {nodes[line] for line in lines.values()}
-    foreign = [node for node, is_now in status.items() if node not in ours and is_now != "unregistered"]
-    for node in foreign:
+    added = [name for name, line in lines.items() if line not in nodes and _let_in(roster, name, line, nodes)]
+    kept = [name for name in lines if name not in added]
+    unknown = [name for name, line in lines.items() if line not in nodes]
+    ours = {nodes[line] for line in lines.values() if line in nodes}
+    foreign = set(nodes.values()) - ours if unknown else set(status) - ours
+    removed = [node for node in status if node in foreign and status[node] != "unregistered"]
+    if unknown:
+        _log.warning(_UNKNOWN, ", ".join(unknown))
+    for node in removed:
         _ask(roster, "supernode", "unregister", node)
-    return Registered(tuple(added), tuple(kept), tuple(foreign))
+    return Registered(tuple(added), tuple(kept), tuple(removed))
+
+
+_UNKNOWN = (
+    "the SuperLink has the keys of %s under numbers that are not known here: keys of other sites that were removed may "
+    "still be let in by it; to begin anew stop the server and move superlink.db and flower/nodes.json away"
+)
+
+
+def _let_in(roster: Roster, name: str, line: str, nodes: dict[str, str]) -> bool:
+    """Whether a site's key is new to the SuperLink, which has it afterwards; its number is noted."""
+    number = _register(roster, name, line)
+    if number is None:
+        return False
+    nodes[line] = number
+    _write_nodes(roster, nodes)
+    return True
 
 
 def _retired(name: str) -> str:
@@ -89,15 +114,15 @@ def _retired(name: str) -> str:
     )
 
 
-def _register(roster: Roster, name: str, line: str) -> str:
-    """The number of a new node."""
+def _register(roster: Roster, name: str, line: str) -> str | None:
+    """The number of a new node; None if the SuperLink has its key already."""
     path = roster.folder / FLOWER_HOME / "registering.pub"
     write_atomically(path, line + "\n")
     try:
         return str(_ask(roster, "supernode", "register", str(path), more=(f"--name={name}",))["node-id"])
     except FlowerCommandError as error:
         if _IN_USE in str(error):
-            raise UsageError(_retired(name)) from error
+            return None
         raise
     finally:
         path.unlink(missing_ok=True)
