@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+import threading
+import time
+
 import pytest
 from small_deployment import HereLink, SlowClock, write_federation
 
@@ -90,3 +96,72 @@ def test_a_reason_that_somebody_must_mend_ends_the_run_at_once(tmp_path, monkeyp
     with pytest.raises(FedmergeError, match="2 of 3 sites have reported"):
         run(tmp_path / "f")
     assert submitting.made == 1
+
+
+def test_a_run_that_failed_before_it_could_say_why_is_not_stopped_for_an_older_reason(tmp_path, monkeypatch):
+    Submitting(monkeypatch, {"absent": {"clinic-b"}})
+    federation = write_federation(tmp_path / "f")
+    with pytest.raises(FedmergeError, match="2 of 3 sites have reported"):
+        run(tmp_path / "f")
+    submitting = Submitting(monkeypatch, None, {})
+    assert (
+        run(tmp_path / "f")[1][0]
+        == "the run ended before its last round (killed); again in 5 s, from where the run stands"
+    )
+    assert operate.is_done(federation)
+    assert submitting.made == 2
+
+
+def test_the_same_reason_again_stops_the_run_again(tmp_path, monkeypatch):
+    submitting = Submitting(monkeypatch, {"absent": {"clinic-b"}})
+    write_federation(tmp_path / "f")
+    for made in (1, 2):
+        with pytest.raises(FedmergeError, match="2 of 3 sites have reported"):
+            run(tmp_path / "f")
+        assert submitting.made == made
+
+
+def test_what_was_asked_to_end_submits_nothing_any_more(tmp_path, monkeypatch):
+    submitting = Submitting(monkeypatch, None)
+    write_federation(tmp_path / "f")
+    ending = threading.Event()
+    with pytest.raises(KeyboardInterrupt):
+        operate.run_until_done(tmp_path / "f", print, sleep=lambda _: ending.set(), ending=ending)
+    assert submitting.made == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_run_whose_terminal_is_closed_is_interrupted(tmp_path, monkeypatch, number):
+    Submitting(monkeypatch, None)
+    write_federation(tmp_path / "f")
+    before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt):
+        operate.run_until_done(tmp_path / "f", print, sleep=lambda _: os.kill(os.getpid(), number))
+    assert signal.getsignal(number) is before
+
+
+def test_no_part_runs_on_when_the_terminal_is_closed(tmp_path, monkeypatch):
+    federation = write_federation(tmp_path / "f")
+    sleeper = [sys.executable, "-c", "import time; time.sleep(600)"]
+    stopped, submitted = [], []
+
+    def submit(*_):
+        submitted.append(time.monotonic())
+        os.kill(os.getpid(), signal.SIGHUP)
+        while not stopped:
+            time.sleep(0.05)
+        return RunEnd("7", "finished:stopped")
+
+    for name in ("superlink_command", "supernode_command"):
+        monkeypatch.setattr(operate.processes, name, lambda *_: sleeper)
+    monkeypatch.setattr(operate.processes, "wait_for_superlink", lambda *_, **__: True)
+    monkeypatch.setattr(operate, "register_sites", lambda *_: None)
+    monkeypatch.setattr(operate, "_submitted", submit)
+    monkeypatch.setattr(operate, "open_run", lambda _: "7")
+    monkeypatch.setattr(operate, "stop_run", lambda _, run: stopped.append(run))
+    with pytest.raises(KeyboardInterrupt):
+        operate.run_here(tmp_path / "f", lambda _: None)
+    assert stopped == ["7"]
+    assert list((federation.folder / operate.LOGS).glob("*.pid")) == []
+    time.sleep(0.3)
+    assert len(submitted) == 1

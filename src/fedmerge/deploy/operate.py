@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from fedmerge.core.errors import FedmergeError, UsageError
@@ -12,6 +13,7 @@ from fedmerge.deploy import processes
 from fedmerge.deploy.address import free_port
 from fedmerge.deploy.blueprint import FLOWER_HOME, SITE_FILE
 from fedmerge.deploy.commands import FlowerCommandError, RunEnd, open_run, register_sites, stop_run, submit
+from fedmerge.deploy.deployment import FILE as DEPLOYMENT
 from fedmerge.deploy.deployment import read_deployment
 from fedmerge.deploy.federation import FederationConfig, read_federation
 from fedmerge.deploy.roster import read_roster
@@ -60,7 +62,13 @@ def _start_node(running: processes.Processes, place: Path, name: str = "supernod
     running.start(name, command, env=home, cwd=place, log=place / LOGS / "supernode.log")
 
 
-def run_until_done(folder: Path | str, tell: Teller, *, sleep: Callable[[float], None] = time.sleep) -> RunRecord:
+def run_until_done(
+    folder: Path | str,
+    tell: Teller,
+    *,
+    sleep: Callable[[float], object] = time.sleep,
+    ending: threading.Event | None = None,
+) -> RunRecord:
     """Runs a federation to its last round, however often a part of it dies on the way.
 
     A run goes on from its checkpoint, so that it is submitted again when it ended without having said why. What would
@@ -70,20 +78,31 @@ def run_until_done(folder: Path | str, tell: Teller, *, sleep: Callable[[float],
         folder: The federation's; its SuperLink runs or will.
         tell: Is told what happens.
         sleep: Waits.
+        ending: Once it is set nothing is submitted any more.
 
     Raises:
         FedmergeError: if the run stopped for a reason that somebody must mend, or ends again and again.
+        KeyboardInterrupt: if it was asked to end, also by SIGTERM or a closed terminal; the run is stopped then.
     """
-    federation = read_federation(folder)
+    with processes.stop_signals_interrupt():
+        return _run_until_done(read_federation(folder), tell, sleep, ending or threading.Event())
+
+
+def _run_until_done(
+    federation: FederationConfig, tell: Teller, sleep: Callable[[float], object], ending: threading.Event
+) -> RunRecord:
     tries, reached, why = 0, -1, ""
     while not is_done(federation):
         if tries:
             wait = min(60.0, _FEWEST_SECONDS * 2.0 ** (tries - 1))
             tell(f"{why}; again in {wait:.0f} s, from where the run stands")
             sleep(wait)
+        if ending.is_set():
+            raise KeyboardInterrupt
+        before = _stamp(federation)
         end = _submitted(federation, tell)
         why = end if isinstance(end, str) else f"the run ended before its last round ({end.details or end.status})"
-        stopped = "" if isinstance(end, str) else _stopped(federation)
+        stopped = "" if isinstance(end, str) or _stamp(federation) == before else _stopped(federation)
         if stopped:
             raise FedmergeError(stopped)
         now, left = _reached(federation), lacking(federation)
@@ -140,6 +159,15 @@ def _stopped(federation: FederationConfig) -> str:
     return "" if deployment is None else deployment.stopped
 
 
+def _stamp(federation: FederationConfig) -> tuple[int, int]:
+    """Another one whenever what is known of the run was written anew: by a server that came to hold its folder."""
+    try:
+        found = (federation.run_folder / DEPLOYMENT).stat()
+    except OSError:
+        return 0, 0
+    return found.st_ino, found.st_mtime_ns
+
+
 def _reached(federation: FederationConfig) -> int:
     """Rounds done; one more for each site that has its model at the end."""
     path = federation.run_folder / "run.json"
@@ -155,13 +183,14 @@ def run_here(folder: Path | str, tell: Teller) -> RunRecord:
     Raises:
         UsageError: if a part runs already or a site's folder is not here.
         FedmergeError: as `run_until_done`.
+        KeyboardInterrupt: as `run_until_done`; no part runs on.
     """
     federation = read_federation(folder)
     place = federation.folder.absolute()
     away = [name for name in federation.living if not (place / "sites" / name / SITE_FILE).is_file()]
     if away:
         raise UsageError(f"{place}/sites has no folder of {', '.join(away)}; start such sites on their own machines")
-    with processes.Processes(place / LOGS) as running:
+    with processes.stop_signals_interrupt(), processes.Processes(place / LOGS) as running:
         env = processes.environment(place / FLOWER_HOME)
         command, log = processes.superlink_command(place), place / LOGS / "superlink.log"
         running.start("superlink", command, env=env, cwd=place, log=log)
@@ -179,10 +208,11 @@ def _followed(running: processes.Processes, folder: Path, tell: Teller) -> RunRe
     """The run, in a thread of its own, while all parts are kept alive."""
     found: list[RunRecord] = []
     failed: list[BaseException] = []
+    ending = threading.Event()
 
     def work() -> None:
         try:
-            found.append(run_until_done(folder, tell))
+            found.append(run_until_done(folder, tell, sleep=ending.wait, ending=ending))
         except BaseException as error:  # raised again in the main thread
             failed.append(error)
 
@@ -190,10 +220,12 @@ def _followed(running: processes.Processes, folder: Path, tell: Teller) -> RunRe
     thread.start()
     try:
         running.watch(lambda: not thread.is_alive(), tell=tell)
-    except KeyboardInterrupt:
-        run = open_run(folder)
-        if run is not None:
-            stop_run(folder, run)
+    except BaseException:
+        ending.set()  # before the run is stopped, so that the thread does not submit it again
+        with suppress(FedmergeError):  # the SuperLink may be what is gone
+            run = open_run(folder)
+            if run is not None:
+                stop_run(folder, run)
         raise
     if failed:
         raise failed[0]
