@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+import numpy as np
 import pytest
 import torch
 from small_deployment import HereLink, SlowClock, write_federation
@@ -90,6 +91,12 @@ FAULTS = {
     "a name among numbers": (lambda f: with_table(f, "clinic-b", f"{NAME},1,1,2,3,4,1"), DATA),
     "a name among classes": (lambda f: with_table(f, "clinic-b", f"3,1,1,2,3,4,{NAME}"), DATA),
     "a function that names a row": (lambda f: with_function(f, "clinic-b", f"raise KeyError({NAME!r})"), DATA),
+    "an array that fails": (
+        lambda f: with_function(
+            f, "clinic-b", f"return type('X', (), {{'__array__': lambda *_: {{}}[{NAME!r}]}})(), [0]"
+        ),
+        "the site's program failed unexpectedly (KeyError); the site's own log says more",
+    ),
     "a file that is not there": (lambda f: (f.folder / "sites/clinic-b/data.npz").rename(f.folder / NAME), SITE),
 }
 
@@ -103,7 +110,7 @@ def test_nothing_of_a_site_s_data_is_told_to_the_server(tmp_path, by_flower, cap
     caplog.set_level(logging.DEBUG)
     with pytest.raises(FedmergeError) as caught:
         serve(federation, by_flower(federation, named=True), clock=SlowClock().clock())
-    at_site = [record.getMessage() for record in caplog.records if record.name in AT_SITES]
+    at_site = [str(record.exc_info or record.getMessage()) for record in caplog.records if record.name in AT_SITES]
     told = [record.getMessage() for record in caplog.records if record.name not in AT_SITES]
     written = [path.read_text() for path in federation.run_folder.rglob("*.json")]
     assert any(NAME in line or "data.npz" in line for line in at_site), "else the test says nothing"
@@ -206,6 +213,24 @@ def test_a_repeated_message_gets_the_same_bits(protected):
         again = answer_to(letter, read_site(protected.federation.folder / "sites" / name))
         assert again.tensors.keys() == answer.tensors.keys()
         assert all(torch.equal(again.tensors[key], answer.tensors[key]) for key in answer.tensors)
+
+
+@pytest.mark.parametrize("what", ["the received model", "its examples"])
+def test_two_answers_that_differ_a_little_do_not_show_by_how_little(protected, tmp_path, what):
+    """Clipped gradients of almost the same model and examples are almost the same; their noise must not be."""
+    name, letter, _ = protected.letters[0]
+    site = replace(read_site(protected.federation.folder / "sites" / name), state=str(tmp_path / "state"))
+    first = answer_to(letter, site).tensors["delta"]
+    if what == "the received model":
+        letter = letter._replace(tensors={"0": letter.tensors["0"] * (1 + 1e-6)})
+    else:
+        with np.load(str(site.data.path)) as given:
+            np.savez(tmp_path / "data.npz", x=given["x"] * np.float32(1 + 1e-6), y=given["y"])
+        site = replace(site, data=replace(site.data, path=str(tmp_path / "data.npz")))
+    second = answer_to(letter, site).tensors["delta"]
+    steps = 2 * math.ceil(answer_from(answer_to(letter, site).text).num_train / 8)
+    noise = 0.1 * 1.1 / 8 * math.sqrt(2 * steps)  # standard deviation of a number in the difference, at the least
+    assert float((second - first).std()) > noise / 2
 
 
 def test_another_site_with_the_same_data_has_other_noise(protected, tmp_path):

@@ -36,7 +36,7 @@ class Protection:
         clip: C, largest length of one example's gradient; infinity leaves gradients as they are.
         noise: z; noise of z·C on every number of a step's sum.
         expected: Expected number of examples of a step, by which the sum is divided.
-        seed: The run's.
+        seed: The run's; a secret of 256 bits where the run's is known to whom the noise is to hold off.
         round: Counted from 1.
         client: Its index.
     """
