@@ -88,7 +88,7 @@ def test_private_keys_are_their_owners_alone(written):
     assert len(keys) == 4
     assert {stat.S_IMODE(path.stat().st_mode) for path in keys} == {0o600}
     assert stat.S_IMODE((written / "sites" / "clinic-a").stat().st_mode) == 0o700
-    assert stat.S_IMODE(written.stat().st_mode) == 0o700
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (written, written / "logs")} == {0o700}
 
 
 def test_no_site_has_a_key_of_the_server_or_of_another_site(written):
@@ -429,7 +429,9 @@ def test_systemd_reads_words_with_spaces_and_specifiers(written, tmp_path):
     text = units.server_unit(tmp_path / "100% mine", tmp_path / "fed merge", "me")
     assert f'ExecStart="{tmp_path}/fed merge" deploy start server "{tmp_path}/100%% mine"\n' in text
     assert "Restart=always\n" in text
-    assert "Restart=on-failure\nRestartPreventExitStatus=2\n" in units.run_unit(tmp_path, tmp_path, "me")
+    assert "SuccessExitStatus=130\nRestart=on-failure\nRestartPreventExitStatus=2\n" in units.run_unit(
+        tmp_path, tmp_path, "me"
+    )
     text = units.site_unit(tmp_path / "100% mine", tmp_path / "fedmerge", "me")
     assert f'User=me\nExecStart={tmp_path}/fedmerge deploy start site "{tmp_path}/100%% mine"\nRestart=always\n' in text
     assert "CAP_NET_BIND_SERVICE" in units.proxy_unit(tmp_path, tmp_path, "me", port=443)

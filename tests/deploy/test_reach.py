@@ -214,7 +214,7 @@ def test_a_certificate_that_ends_soon_is_a_fault_that_does_not_stop_the_rest(tmp
     with serving(federation, folder) as address:
         findings = found(address, folder)
     assert [name for name, each in findings.items() if not each.ok] == ["days left"]
-    assert "ends in 5 days; ask for a new one" in findings["days left"].detail
+    assert "ends in 5 days; on the server `fedmerge deploy renew` makes another" in findings["days left"].detail
     assert len(findings) == 6
 
 

@@ -95,6 +95,7 @@ def write_blueprint(folder: Path | str, blueprint: Blueprint) -> Roster:
         identity.make_server_certificate(place, blueprint.name, hosts, days=blueprint.days)
     for name in ("logs", FLOWER_HOME, APP, "sites"):
         make_folder(place / name)
+    (place / "logs").chmod(0o700)
     keys = {name: make_site(place, name, insecure=blueprint.insecure) for name in sorted(blueprint.sites)}
     write_federation(place, FEDERATION_HEAD + tomli_w.dumps(_federation_table(blueprint, keys)), blueprint.sites)
     for name in blueprint.sites:

@@ -111,7 +111,9 @@ def _certificate(host: str, port: int, context: ssl.SSLContext, seconds: float) 
         return [Finding("certificate", False, detail)]
     good = Finding("certificate", True, f"the server proves to be {host} by this federation's authority")
     days = (ssl.cert_time_to_seconds(str(told["notAfter"])) - time.time()) / 86400
-    advice = "" if days >= FEWEST_DAYS else "; ask for a new one on the server (sites need nothing new)"
+    advice = (
+        "" if days >= FEWEST_DAYS else "; on the server `fedmerge deploy renew` makes another (sites need nothing new)"
+    )
     return [good, Finding("days left", days >= FEWEST_DAYS, f"the certificate ends in {days:.0f} days{advice}")]
 
 
@@ -120,9 +122,9 @@ def _advice(code: int, host: str) -> str:
     if code == 9:
         return "is this machine's clock right?"
     if code == 10:
-        return "make a new one on the server, or correct this machine's clock"
+        return "make a new one on the server (`fedmerge deploy renew`), or correct this machine's clock"
     if code in (62, 64):
-        return f"the server's certificate must name {host}: make it anew with that host, or use a name that it has"
+        return f"the server's certificate must name {host} (`fedmerge deploy renew --host`), or use a name that it has"
     return "it is not of this federation's authority: another server, a proxy that opens TLS, or an old ca.crt"
 
 
@@ -210,7 +212,8 @@ def _closed(answer: _Answer | str, host: str) -> Finding:
     if answer.status in (403, 404):
         return Finding("control API", True, f"closed from here (status {answer.status})")
     if is_loopback(host):
-        return Finding("control API", True, "open, but this address is reached from this machine alone")
+        detail = "open, but to this machine alone: whoever has an account on it can run programs at all sites"
+        return Finding("control API", True, detail)
     detail = (
         f"open from here (status {answer.status}): whoever has ca.crt can start runs and let sites in; "
         "put the proxy of nginx.conf before the SuperLink and let the SuperLink listen on 127.0.0.1"

@@ -64,7 +64,8 @@ def server_unit(folder: Path, program: Path, user: str) -> str:
 def run_unit(folder: Path, program: Path, user: str) -> str:
     """A unit that trains until all rounds are done, and goes on from the checkpoint after whatever stopped it.
 
-    It does not start again after exit status 2: then the request itself is wrong.
+    It does not start again after exit status 2: then the request itself is wrong. Stopped, it stops the run and ends
+    with status 130, as after Ctrl-C.
     """
     return _unit(
         "Training of a fedmerge federation",
@@ -72,6 +73,7 @@ def run_unit(folder: Path, program: Path, user: str) -> str:
         restart="on-failure",
         user=user,
         after="fedmerge-server.service",
+        more=["SuccessExitStatus=130"],
     )
 
 
