@@ -384,6 +384,30 @@ def _twice(room: Room) -> Found:
 
 
 @case(
+    "upload cut off",
+    "a SuperNode dies when it has announced its answer of round 2 and not sent it (Flower waits 180 s for the rest)",
+    "the others' answers are taken meanwhile; the site is asked again: the same bits",
+    600.0,
+)
+def _upload(room: Room) -> Found:
+    federation = room.build("upload")
+    with room.world(federation) as world:
+        world.tamper("upload", world.site("site-1"))
+        world.up()
+        until((world.site("site-1") / FLOWER_HOME / "upload-cut").exists, ENOUGH, "the cut")
+        began = time.monotonic()
+        until(lambda: len(world.answered("round 2")) == 4 or world.status().round >= 2, ENOUGH, "the others' answers")
+        waited = time.monotonic() - began
+        faults = [] if waited < 60 else [f"the others' answers were taken {waited:.0f} s after the cut"]
+        world.finished(ENOUGH)
+        told = line_with(world.output("up"), "WARNING: site site-1") or line_with(
+            world.output("up"), "supernode-site-1"
+        )
+        found = whole(world, room.undisturbed("fedmerge"), said=told)
+        return replace(found, faults=[*found.faults, *faults])
+
+
+@case(
     "two runs at once",
     "`fedmerge deploy run` beside one that is under way, and `flwr run` by hand beside both",
     "the second follows the first, the one by hand is refused with a message; the same bits",

@@ -14,8 +14,8 @@ from fedmerge.deploy.client import answer_to
 from fedmerge.deploy.federation import FederationConfig
 from fedmerge.deploy.link import Contact, Failure
 from fedmerge.deploy.messages import Kind, Letter, order_from
-from fedmerge.deploy.roll import Clock
 from fedmerge.deploy.rehearsal import rehearse
+from fedmerge.deploy.roll import Clock
 from fedmerge.deploy.server import serve
 from fedmerge.deploy.site import read_site
 from fedmerge.deploy.site_use import read_site_model

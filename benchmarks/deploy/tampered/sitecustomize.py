@@ -4,6 +4,7 @@
 
 values     the site's answer of round 2 holds NaN
 twice      the site's SuperNode sends every answer twice
+upload     the site's SuperNode ends once, between announcing its answer of round 2 and sending it
 slow-disk  every fsync of the ServerApp takes a while longer
 """
 
@@ -17,10 +18,13 @@ import sys
 import time
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 SECONDS = 0.3
+ANSWERS = 3
+"""Of a site until round 2: who it is, and two rounds."""
 
 
 class _Changed(importlib.abc.MetaPathFinder):
@@ -62,20 +66,35 @@ def values(module: Any) -> None:
 
 
 def twice(module: Any) -> None:
-    """Sends every answer twice."""
+    """Sends every answer again, as if what the SuperLink said of the first had been lost."""
     once = module.FleetHttpClient.PushMessages
 
-    def push_messages(self: Any, request: Any, *more: Any, **options: Any) -> Any:
-        answer = once(self, request, *more, **options)
-        try:
-            once(self, request, *more, **options)
-            said = "taken"
-        except Exception as error:
-            said = f"refused: {error}"
-        print(f"sent a second time: {said}", flush=True)
+    def push_messages(self: Any, *request: Any, **options: Any) -> Any:
+        once(self, *request, **options)
+        answer = once(self, *request, **options)
+        print("sent a second time: taken", flush=True)
         return answer
 
     module.FleetHttpClient.PushMessages = push_messages
+
+
+def upload(module: Any) -> None:
+    """Ends the SuperNode once, when it has announced its answer of round 2 and not sent the content yet."""
+    announce, send = module.FleetHttpClient.PushMessages, module.FleetHttpClient.PushObject
+    mark, count = Path(os.environ["FLWR_HOME"], "upload-cut"), 0
+
+    def push_messages(self: Any, *request: Any, **options: Any) -> Any:
+        nonlocal count
+        count += 1
+        return announce(self, *request, **options)
+
+    def push_object(self: Any, *request: Any, **options: Any) -> Any:
+        if count == ANSWERS and not mark.exists():
+            mark.touch()
+            os._exit(9)
+        return send(self, *request, **options)
+
+    module.FleetHttpClient.PushMessages, module.FleetHttpClient.PushObject = push_messages, push_object
 
 
 def slow_disk() -> None:
@@ -95,5 +114,7 @@ if _where and _where in os.environ.get("FLWR_HOME", ""):
         sys.meta_path.insert(0, _Changed("fedmerge.deploy.client", values))
     elif _what == "twice":
         sys.meta_path.insert(0, _Changed("flwr.supernode.fleet_http_client", twice))
+    elif _what == "upload":
+        sys.meta_path.insert(0, _Changed("flwr.supernode.fleet_http_client", upload))
     elif _what == "slow-disk" and sys.argv[:1] and "serverapp" in " ".join(sys.orig_argv):
         slow_disk()
