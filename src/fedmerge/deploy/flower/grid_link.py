@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import threading
+import time
 from collections.abc import Mapping, Sequence
 
 from flwr.app import Message, MessageType
@@ -23,6 +25,10 @@ _LOST = (
     ErrorCode.REPLY_MESSAGE_UNAVAILABLE,
     ErrorCode.NODE_UNAVAILABLE,
 )
+_WAIT = 2.0
+"""Seconds that one look at all replies takes at most."""
+_FORGOTTEN = 600.0
+"""Seconds after which a reply that came too late for anybody is dropped."""
 
 
 class GridLink:
@@ -35,6 +41,7 @@ class GridLink:
 
     def __init__(self, grid: Grid, keys: Mapping[bytes, str]) -> None:
         self._grid, self._keys = grid, keys
+        self._looks: dict[str, _Look] = {}
 
     def contacts(self) -> Sequence[Contact]:
         """Nodes that are online."""
@@ -57,12 +64,49 @@ class GridLink:
         return tickets[0] if tickets and tickets[0] else None
 
     def pull(self, tickets: Sequence[str]) -> Sequence[tuple[str, Letter | Failure]]:
-        """Replies that have come."""
-        if not tickets:
-            return []
-        asked = set(tickets)
-        found = ((message.metadata.reply_to_message_id, message) for message in self._grid.pull_messages(list(tickets)))
-        return [(ticket, _answer_of(message)) for ticket, message in found if ticket in asked]
+        """Replies that have come whole; one that is still on its way is left on it, and holds up no other."""
+        now = time.monotonic()
+        self._looks = {
+            ticket: look
+            for ticket, look in self._looks.items()
+            if ticket in tickets or look.is_alive() or now - look.began < _FORGOTTEN
+        }
+        for ticket in tickets:
+            if ticket not in self._looks:
+                self._looks[ticket] = _Look(self._grid, ticket)
+        for ticket in tickets:
+            self._looks[ticket].join(max(0.0, now + _WAIT - time.monotonic()))
+        through = [ticket for ticket in tickets if not self._looks[ticket].is_alive()]
+        looks = {ticket: self._looks.pop(ticket) for ticket in through}
+        return [(ticket, _answer_of(message)) for ticket, look in looks.items() for message in look.found()]
+
+
+class _Look(threading.Thread):
+    """A look for one reply. Flower's call returns only when all of the reply is there.
+
+    A site that dies while it sends, or takes its time, can put that off for minutes, and one that means to for hours.
+    """
+
+    def __init__(self, grid: Grid, ticket: str) -> None:
+        super().__init__(name="fedmerge-look", daemon=True)
+        self.began = time.monotonic()
+        self._grid, self._ticket = grid, ticket
+        self._messages: list[Message] = []
+        self._error: Exception | None = None
+        self.start()
+
+    def run(self) -> None:
+        """Looks."""
+        try:
+            self._messages = list(self._grid.pull_messages([self._ticket]))
+        except Exception as error:  # raised again where the reply is asked for
+            self._error = error
+
+    def found(self) -> list[Message]:
+        """The reply, if it has come."""
+        if self._error is not None:
+            raise self._error
+        return [message for message in self._messages if message.metadata.reply_to_message_id == self._ticket]
 
 
 def _answer_of(message: Message) -> Letter | Failure:
