@@ -41,6 +41,7 @@ class Room:
 
     def build(self, name: str, **options: Any) -> FederationConfig:
         """A federation in a fresh folder."""
+        shutil.rmtree(self.folder / name, ignore_errors=True)
         return made(self.folder / name / "federation", **options)
 
     def world(self, federation: FederationConfig) -> World:

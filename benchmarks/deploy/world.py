@@ -95,7 +95,7 @@ def made(
         sites=tuple(names),
         config=asked,
         data=plain_options(demo_schema()),
-        deploy={"deadline": 600.0, "patience": 900.0, **(deploy or {})},
+        deploy={"deadline": 600.0, "patience": 900.0, "open": bool(address), **(deploy or {})},
         site_data={name: {"python": "reader.py:examples"} for name in names},
     )
     write_blueprint(folder, blueprint)
