@@ -9,7 +9,7 @@ import torch
 from fedmerge.core.errors import DataError
 from fedmerge.data.federated import ClientData, Examples
 from fedmerge.deploy.messages import Answer
-from fedmerge.deploy.moments import moments, moments_of_answer
+from fedmerge.deploy.moments import fault_of_moments, moments, moments_of_answer
 from fedmerge.deploy.schema import DataSchema
 
 NUMBERS = DataSchema(class_names=("a", "b"), shape=(3,), scale="pooled")
@@ -29,6 +29,7 @@ def told(schema, n=6):
 def test_a_site_s_own_sums_are_believed(schema):
     own, answer = told(schema)
     found = moments_of_answer(answer, schema)
+    assert fault_of_moments(answer, schema) == ""
     assert (found.count, found.total.tolist(), found.squares.tolist()) == (
         own.count,
         own.total.tolist(),
@@ -50,8 +51,15 @@ def test_a_site_s_own_sums_are_believed(schema):
 def test_sums_of_something_else_name_the_site(changes, fault):
     _, answer = told(NUMBERS)
     sums = changes.pop("moments", {**answer.moments, **changes})
-    with pytest.raises(DataError, match=fault):
-        moments_of_answer(replace(answer, moments=sums), NUMBERS)
+    spoilt = replace(answer, moments=sums)
+    with pytest.raises(DataError, match=fault) as caught:
+        moments_of_answer(spoilt, NUMBERS)
+    assert f"site 'north': {fault_of_moments(spoilt, NUMBERS)}" == str(caught.value)
+
+
+def test_where_the_scale_is_known_no_sums_are_missed():
+    _, answer = told(NUMBERS)
+    assert fault_of_moments(replace(answer, moments={}), NUMBERS.with_scale([0.0], [1.0])) == ""
 
 
 def test_the_numbers_of_an_image_are_its_pixels():

@@ -364,7 +364,6 @@ CONDITIONS = {
     "participation": {"sampling": "poisson", "quorum": 0.0},
     "defences": {"clip": 0.0, "max_count": 0.0},
 }
-POOLED = {"class_names": ["0", "1", "2"], "shape": [6], "scale": "pooled"}
 
 
 def test_noise_that_every_site_could_take_away_is_refused(tmp_path):
@@ -381,12 +380,11 @@ def test_cohorts_that_every_site_could_tell_are_refused(tmp_path):
 
 @pytest.mark.parametrize("options", [CONDITIONS, {"training": PRIVATE}], ids=["clients", "examples"])
 def test_sums_without_noise_are_refused_beside_a_promise(tmp_path, options):
-    federation = write_federation(tmp_path / "f", **options, data=POOLED)
-    with pytest.raises(UsageError, match=r"data.scale: got 'pooled'; expected 'given'"):
-        plan_of(federation)
-    scaled = replace(federation.terms, schema=federation.terms.schema.with_scale([0.0], [1.0]))
-    with pytest.raises(UsageError, match=r"data.scale: got 'pooled'; expected 'given'"):
-        plan_of(replace(federation, terms=scaled))
+    federation = write_federation(tmp_path / "f", **options)
+    pooled = replace(federation.terms.schema, scale="pooled")
+    for schema in (pooled, pooled.with_scale([0.0], [1.0])):
+        with pytest.raises(UsageError, match=r"data.scale: got 'pooled'; expected 'given'"):
+            plan_of(replace(federation, terms=replace(federation.terms, schema=schema)))
 
 
 def test_a_promise_that_can_be_kept_runs(tmp_path):

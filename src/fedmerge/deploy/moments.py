@@ -132,6 +132,22 @@ def moments_of_answer(answer: Answer, schema: DataSchema) -> Moments:
     return found
 
 
+def fault_of_moments(answer: Answer, schema: DataSchema) -> str:
+    """Why a site's moments cannot be used; empty if they can, or none are needed.
+
+    Args:
+        answer: The site's to a hello.
+        schema: Of the federation, as the hello had it.
+    """
+    if not schema.needs_moments:
+        return ""
+    try:
+        moments_of_answer(answer, schema)
+    except DataError as error:
+        return str(error).removeprefix(f"site {answer.site!r}: ")
+    return ""
+
+
 _LARGEST = 2.0**63
 """Of a mean or a standard deviation that float32 holds with room for a network's sums."""
 

@@ -30,6 +30,9 @@ FEWEST = 16
 _EXAMPLES = 4
 """Of the made-up site that shows what an update looks like; normalisation over a batch needs several."""
 
+NO_UPDATE = template_of(())
+"""What comes back where nobody trains."""
+
 
 class Outbox:
     """The messages of a round to some clients, a block of them in memory at a time.

@@ -26,7 +26,7 @@ _SENTENCES: tuple[tuple[type[BaseException], str], ...] = (
 )
 
 
-class TellableError(FedmergeError):
+class TellableError(UsageError):
     """What may be told to the server word by word: it is about what the server itself sent."""
 
 
