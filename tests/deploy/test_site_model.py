@@ -19,10 +19,11 @@ from small_deployment import NAMES, HereLink, SlowClock, write_federation
 from fedmerge.core.errors import DataError, FedmergeError, UsageError
 from fedmerge.data import Examples
 from fedmerge.deploy.messages import Letter, answer_from
+from fedmerge.deploy.replacing import put_back, replacing
 from fedmerge.deploy.server import serve
 from fedmerge.deploy.site import read_site
 from fedmerge.deploy.site_data import site_client
-from fedmerge.deploy.site_model import put_back, read_note, replacing
+from fedmerge.deploy.site_model import read_note
 from fedmerge.deploy.site_use import SiteModel, read_site_model
 from fedmerge.exporting import trained_of_folder
 

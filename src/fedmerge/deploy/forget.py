@@ -24,10 +24,10 @@ from fedmerge.core.strict_json import parse_json, read_bounded
 from fedmerge.deploy.federation import FILE, FederationConfig, read_federation, tombstone
 from fedmerge.deploy.forget_run import forget_in_run, with_tombstone
 from fedmerge.deploy.private_state import site_held
+from fedmerge.deploy.replacing import put_back
 from fedmerge.deploy.roster import FEDERATION_HEAD, change_sites, read_roster, write_federation
 from fedmerge.deploy.site import read_site
 from fedmerge.deploy.site_model import FOLDER as MODEL
-from fedmerge.deploy.site_model import put_back
 from fedmerge.experiment.book import held
 from fedmerge.experiment.config import read_toml
 from fedmerge.experiment.record import (

@@ -19,7 +19,7 @@ from fedmerge.deploy.federation import FILE, FederationConfig, tombstone
 from fedmerge.deploy.forget_state import client_axes, forgotten_state, mixed_parts
 from fedmerge.deploy.office import REPLIES, bases
 from fedmerge.deploy.plan import Plan, plan_of
-from fedmerge.deploy.site_model import replacing
+from fedmerge.deploy.replacing import replacing
 from fedmerge.deploy.status import FILE as STATUS
 from fedmerge.experiment.book import standing
 from fedmerge.experiment.checkpoint import Found, digest, restored, tensor_bytes, write_best, write_slot

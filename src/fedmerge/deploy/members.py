@@ -20,8 +20,8 @@ from fedmerge.deploy.blueprint import (
     user_of,
     write_site_file,
 )
+from fedmerge.deploy.replacing import put_back
 from fedmerge.deploy.roster import Roster, change_sites, name_faults, read_roster
-from fedmerge.deploy.site_model import put_back
 from fedmerge.experiment.book import held
 
 SITE_UNIT = "fedmerge-site.service"

@@ -26,9 +26,9 @@ from fedmerge.deploy.moments import moments_from_plain, pooled
 from fedmerge.deploy.office import REPLIES, note_reports, open_office
 from fedmerge.deploy.plan import Plan, plan_of
 from fedmerge.deploy.post import Post
+from fedmerge.deploy.replacing import put_back
 from fedmerge.deploy.roll import Clock, Roll
 from fedmerge.deploy.rounds import next_round
-from fedmerge.deploy.site_model import put_back
 from fedmerge.deploy.status import Board, Status
 from fedmerge.experiment.book import held
 from fedmerge.experiment.checkpoint import remove_all

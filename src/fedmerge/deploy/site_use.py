@@ -24,8 +24,9 @@ from fedmerge.data.own_texts import learned_from
 from fedmerge.data.readers import frame_table, frame_texts
 from fedmerge.data.table import Table, make_table, text_table
 from fedmerge.deploy.federation import Terms, terms_of
+from fedmerge.deploy.replacing import put_back
 from fedmerge.deploy.site_data import by_name, fitted, owned
-from fedmerge.deploy.site_model import FOLDER, NOTE, ModelNote, client_of_note, put_back, read_note
+from fedmerge.deploy.site_model import FOLDER, NOTE, ModelNote, client_of_note, read_note
 from fedmerge.deploy.trees import tree_from
 from fedmerge.experiment.federation import encoder_of, make_module
 from fedmerge.experiment.serving import Serving, frozen_draw, refuse_larger
