@@ -285,3 +285,13 @@ def test_a_finished_run_of_other_sites_hands_nothing_over(tmp_path):
     path.write_text(path.read_text().replace('clinic-a = ""\n', ""))
     with pytest.raises(UsageError, match="was begun with the sites clinic-a, clinic-b, clinic-c"):
         run(read_federation(tmp_path / "f"))
+
+
+def test_sums_that_cannot_be_are_turned_away_and_the_site_is_named(tmp_path):
+    schema = {"class_names": ["0", "1", "2"], "shape": [6], "scale": "pooled"}
+    federation = write_federation(tmp_path / "f", data=schema, deploy=QUICK)
+    odd = {"moments": {"count": 30, "total": [1.0] * 5, "squares": [1.0] * 5}}
+    clock = SlowClock()
+    run(federation, clock, tamper=Spoiling("clinic-b", lambda letter: said(letter, **odd), kind="hello", number=1))
+    assert 60 <= clock.time < 100  # it was asked again, and told the right ones
+    assert any("clinic-b" in text for text in read_status(federation.run_folder).strangers)

@@ -26,12 +26,12 @@ from fedmerge.deploy.protection import seed_of_release
 from fedmerge.deploy.site import SiteConfig
 from fedmerge.deploy.site_data import raw_client, site_client
 from fedmerge.deploy.site_model import write_site_model
+from fedmerge.deploy.telling import told_versions
 from fedmerge.deploy.trees import tree_from
 from fedmerge.experiment.choice import objective_of
 from fedmerge.experiment.config import read_toml
 from fedmerge.experiment.federation import channels_last, encoder_of, in_precision, make_module
 from fedmerge.experiment.simulation import one_thread, played_method, remember
-from fedmerge.experiment.store import versions
 from fedmerge.experiment.trial import check_module
 from fedmerge.runtime import Engine, Fleet, Sequential, first_fleet
 from fedmerge.runtime.place import Place, device_of
@@ -95,19 +95,30 @@ def answer_to(letter: Letter, config: SiteConfig) -> Letter:
     """
     began = time.perf_counter()
     order = order_from(letter.text)
-    if order.kind != "hello" and order.site != config.name:
-        raise FedmergeError(f"the server's message is for site {order.site!r}; this is {config.name!r}")
-    terms = agreed_terms(order.terms, config)
+    terms = accepted(order, config)
     tensors: Mapping[str, Tensor] = {}
     with one_thread():
         if order.kind == "hello":
             answer = _introduction(order, config, terms)
         else:
-            _refuse_odd(order, terms, config)
             with site_held(config.state_folder, WAIT):
                 answer, tensors = _work(order, ready_site(config, terms), letter.tensors)
-    answer = replace(answer, seconds=time.perf_counter() - began, versions=versions())
+    answer = replace(answer, seconds=time.perf_counter() - began, versions=told_versions())
     return Letter(text_of(answer), tensors)
+
+
+def accepted(order: Order, config: SiteConfig) -> Terms:
+    """The terms of an order, if the site may do what it asks for.
+
+    Raises:
+        FedmergeError: if it is for another site, or asks for what was not agreed on.
+    """
+    if order.kind != "hello" and order.site != config.name:
+        raise FedmergeError(f"the server's message is for site {order.site!r}; this is {config.name!r}")
+    terms = agreed_terms(order.terms, config)
+    if order.kind != "hello":
+        _refuse_odd(order, terms, config)
+    return terms
 
 
 def agreed_terms(plain: Mapping[str, Any], config: SiteConfig) -> Terms:

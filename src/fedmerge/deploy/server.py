@@ -22,12 +22,12 @@ from fedmerge.deploy.federation import FederationConfig
 from fedmerge.deploy.handing_over import hand_over, selected_of
 from fedmerge.deploy.link import Link
 from fedmerge.deploy.messages import Letter, Order, text_of
-from fedmerge.deploy.moments import moments_from_plain, pooled
+from fedmerge.deploy.moments import fault_of_moments, moments_of_answer, pooled
 from fedmerge.deploy.office import REPLIES, note_reports, open_office
 from fedmerge.deploy.plan import Plan, plan_of
 from fedmerge.deploy.post import Post
 from fedmerge.deploy.replacing import put_back
-from fedmerge.deploy.roll import Clock, Roll
+from fedmerge.deploy.roll import Clock, Roll, no_doubt
 from fedmerge.deploy.rounds import next_round
 from fedmerge.deploy.status import Board, Status
 from fedmerge.experiment.book import held
@@ -97,11 +97,13 @@ def _with_scale(
         return federation, deployment
     names = post.roll.names
     post.wait_for_reports(len(names))
-    mean, std = pooled([moments_from_plain(post.roll.reports[name].moments) for name in names])
+    schema = federation.terms.schema
+    mean, std = pooled([moments_of_answer(post.roll.reports[name], schema) for name in names])
     deployment = replace(deployment, mean=mean, std=std)
     write_deployment(federation.run_folder, deployment)
     federation = scaled(federation, deployment)
     post.roll.hello = _hello(federation, deployment)
+    post.roll.doubt = no_doubt
     return federation, deployment
 
 
@@ -148,8 +150,11 @@ def _refuse_others(plan: Plan, record: RunRecord) -> None:
 def _post(federation: FederationConfig, deployment: Deployment, link: Link, clock: Clock) -> Post:
     status = Status(run=deployment.run, rounds=federation.terms.options.rounds)
     board = Board(federation.run_folder, status)
-    hello = _hello(federation, deployment)
-    return Post(Roll(link, federation.living, federation.deploy, hello, board, clock))
+    roll = Roll(link, federation.living, federation.deploy, _hello(federation, deployment), board, clock)
+    schema = federation.terms.schema
+    if schema.needs_moments:
+        roll.doubt = lambda _, answer: fault_of_moments(answer, schema)
+    return Post(roll)
 
 
 def _hello(federation: FederationConfig, deployment: Deployment) -> Callable[[str], Letter]:
