@@ -1,16 +1,19 @@
 """The sums that a site tells of are those of this federation's features and of its own rows, or the site is named."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from small_deployment import HereLink, SlowClock, write_federation
 
-from fedmerge.core.errors import DataError
+from fedmerge.core.errors import DataError, FedmergeError
 from fedmerge.data.federated import ClientData, Examples
 from fedmerge.deploy.messages import Answer
 from fedmerge.deploy.moments import fault_of_moments, moments, moments_of_answer
 from fedmerge.deploy.schema import DataSchema
+from fedmerge.deploy.server import serve
 
 NUMBERS = DataSchema(class_names=("a", "b"), shape=(3,), scale="pooled")
 GRIDS = DataSchema(class_names=("a", "b"), shape=(2, 5), scale="pooled")
@@ -69,3 +72,19 @@ def test_the_numbers_of_an_image_are_its_pixels():
         moments_of_answer(replace(answer, num_train=5), IMAGES)
     with pytest.raises(DataError, match=r"site 'north': got sums of 3 channels; the federation has 1"):
         moments_of_answer(answer, replace(IMAGES, shape=(1, 4, 5)))
+
+
+def test_a_site_whose_sums_cannot_be_is_refused_by_name(tmp_path):
+    options = {"class_names": ["0", "1", "2"], "shape": [6], "scale": "pooled"}
+    federation = write_federation(tmp_path / "f", data=options)
+
+    def tamper(name, kind, letter):
+        plain = json.loads(letter.text)
+        if (name, kind) == ("clinic-b", "hello"):
+            plain["moments"]["count"] = 2**52
+        return letter._replace(text=json.dumps(plain))
+
+    with pytest.raises(FedmergeError, match="2 of 3 sites have reported"):
+        serve(federation, HereLink(federation, tamper), clock=SlowClock().clock())
+    told = (federation.run_folder / "status.json").read_text()
+    assert "site 'clinic-b': got sums over 4503599627370496 numbers each" in told

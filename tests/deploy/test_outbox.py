@@ -4,10 +4,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_deployment import write_federation
+from small_deployment import HereLink, SlowClock, write_federation
 
+from fedmerge.core.files import make_folder
+from fedmerge.deploy.deployment import new_deployment
+from fedmerge.deploy.office import open_office
 from fedmerge.deploy.outbox import FEWEST, Outbox, Templates
 from fedmerge.deploy.plan import plan_of
+from fedmerge.deploy.post import Post
+from fedmerge.deploy.roll import Roll
+from fedmerge.deploy.rounds import next_round
+from fedmerge.deploy.server import _hello
+from fedmerge.deploy.status import Board, Status
 
 
 @pytest.mark.parametrize("sites", [5, 15, 16, 17, 33])
@@ -58,3 +66,29 @@ def test_the_form_of_an_update_is_found_in_one_step(tmp_path):
     assert steps == [1]
     assert list(template.forms) == ["delta"]
     assert template.forms["delta"].shape == received.shape
+
+
+def test_the_scoring_round_makes_up_no_update(tmp_path):
+    asked = []
+
+    class Watched(Templates):
+        def answering(self, received):
+            asked.append(received)
+            return super().answering(received)
+
+    federation = write_federation(tmp_path / "f", rounds=2)
+    plan = plan_of(federation)
+    plan = replace(plan, templates=Watched(plan.setup, federation.terms.schema))
+    deployment = new_deployment(federation.terms.digest)
+    folder = federation.run_folder
+    make_folder(folder)
+    board = Board(folder, Status(run=deployment.run, rounds=2))
+    link = HereLink(federation)
+    post = Post(
+        Roll(link, federation.names, federation.deploy, _hello(federation, deployment), board, SlowClock().clock())
+    )
+    with open_office(plan, deployment, None, post) as office:
+        post.wait_for_reports(3)
+        while office.open is not None:
+            next_round(office)
+    assert len(asked) == 2, "one for each round, none for the scores of the last"

@@ -19,6 +19,7 @@ from fedmerge.algorithms import ALGORITHMS
 from fedmerge.core.errors import UsageError, together
 from fedmerge.core.options import build_options, check_options, option
 from fedmerge.core.text import brief
+from fedmerge.deploy.protection import privacy_faults
 from fedmerge.deploy.schema import DataSchema
 from fedmerge.experiment.attacks import Attack
 from fedmerge.experiment.config import RunOptions, build_config, plain_options, read_toml
@@ -193,7 +194,9 @@ def _terms_of(table: Mapping[str, Any], faults: list[str]) -> Terms | None:
     faults += _simulated(config.run)
     if schema is None or len(faults) > before:
         return None
-    return Terms(config.method, config.model, config.training, config.run, schema)
+    terms = Terms(config.method, config.model, config.training, config.run, schema)
+    faults += privacy_faults(terms)
+    return terms if len(faults) == before else None
 
 
 _SIMULATED: dict[str, str] = {

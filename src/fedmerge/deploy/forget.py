@@ -24,6 +24,7 @@ from fedmerge.core.strict_json import parse_json, read_bounded
 from fedmerge.deploy.federation import FILE, FederationConfig, read_federation, tombstone
 from fedmerge.deploy.forget_run import forget_in_run, with_tombstone
 from fedmerge.deploy.private_state import site_held
+from fedmerge.deploy.protection import FILE as PROTECTION
 from fedmerge.deploy.replacing import put_back
 from fedmerge.deploy.roster import FEDERATION_HEAD, change_sites, read_roster, write_federation
 from fedmerge.deploy.site import read_site
@@ -229,6 +230,11 @@ def forget_own_state(site_folder: Path | str, *, model: bool = False) -> OwnForg
                 if place.is_dir() and _STATE.fullmatch(place.name) and not surplus:
                     shutil.rmtree(place)
                     removed.append(f"{site.state}/{place.name}")
+                elif place.name == PROTECTION:
+                    kept.append(
+                        f"{site.state}/{place.name}: the secret behind its noise, and how many protected updates were "
+                        "given; whoever removes it begins to count epsilon anew"
+                    )
                 elif place.name != ".lock":
                     kept.append(f"{site.state}/{place.name}: is no private state of a run")
         if not kept:

@@ -107,7 +107,7 @@ class Answer:
         validation: Score of the received model, if that was asked for.
         test: The same on the test examples.
         moments: Sums over the site's train rows, where the scale is found from those of all sites.
-        versions: Of the site's fedmerge, python, torch and machine.
+        versions: Of the site's fedmerge, python and torch.
         note: Something that the server's log should say; empty for nothing.
     """
 

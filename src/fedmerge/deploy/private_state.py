@@ -66,7 +66,7 @@ class PrivateState:
             return restored_fleet(self._fresh, read_tensors(path)), ""
         except FedmergeError as error:
             if anew:
-                return self._fresh, f"its private state of round {base} is gone ({error}); it began anew"
+                return self._fresh, f"its private state of round {base} is gone; it began anew"
             raise FedmergeError(
                 f"{error}. The site's private state of round {base} is needed to go on: bring the folder back, or set "
                 "`anew = true` in site.toml to begin anew with what a new site has"

@@ -17,7 +17,7 @@ from fedmerge.core.replies import Expected, check_of
 from fedmerge.core.text import shortened
 from fedmerge.deploy.messages import Letter, Order
 from fedmerge.deploy.office import REPLIES, Office, note_reports
-from fedmerge.deploy.outbox import Outbox, lettered
+from fedmerge.deploy.outbox import NO_UPDATE, Outbox, lettered
 from fedmerge.deploy.post import Asking, Take, Taken
 from fedmerge.deploy.tray import Tray
 from fedmerge.deploy.trees import form_of
@@ -102,8 +102,10 @@ def _presence(office: Office) -> Presence | None:
 
 def _tray(office: Office, number: int, cohort: Sequence[int]) -> Tray:
     names, replies = office.plan.federation.names, office.folder / REPLIES
-    example = Outbox(office.setup, office.journey.last.state, cohort[:1] or [0]).of(cohort[0] if cohort else 0)
-    template = office.plan.templates.answering(example)
+    template = NO_UPDATE
+    if cohort:
+        example = Outbox(office.setup, office.journey.last.state, cohort[:1]).of(cohort[0])
+        template = office.plan.templates.answering(example)
     asked = frozenset(cohort)
     expected = Expected(office.deployment.run, number, asked, template, further=check_of(office.setup.played))
     if cohort:

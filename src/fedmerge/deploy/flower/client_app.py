@@ -10,7 +10,7 @@ from flwr.clientapp import ClientApp
 
 from fedmerge.core.errors import FedmergeError
 from fedmerge.core.text import brief
-from fedmerge.deploy.client import agreed_terms, answer_to
+from fedmerge.deploy.client import accepted, answer_to
 from fedmerge.deploy.flower.wire import Refused, failure_records, letter_from, records_of
 from fedmerge.deploy.messages import Letter, order_from
 from fedmerge.deploy.private_state import BusyError
@@ -63,7 +63,7 @@ def _answered(message: Message, context: Context) -> Letter:
         order = order_from(letter.text)
     site = _site_of(context)
     with tellable(site.folder):
-        agreed_terms(order.terms, site)
+        accepted(order, site)
     return answer_to(letter, site)
 
 
