@@ -23,6 +23,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fedmerge._version import __version__
+from fedmerge.algorithms.dp_fedmerge import DpFedMerge
 from fedmerge.core.errors import FedmergeError, UsageError, together
 from fedmerge.core.files import write_atomically
 from fedmerge.core.options import build_options
@@ -153,7 +154,7 @@ def make_offer(run_folder: Path | str, out: Path | str) -> Offered:
         raise UsageError(f"this federation learns {terms.schema.kind}; newcomers are offered models of classes alone")
     server = server_of_folder(run, terms.model)
     tensors = {"models": server.models, "blocks": server.blocks}
-    row = mean_row(server)
+    row = {} if isinstance(terms.method, DpFedMerge) else mean_row(server)  # whose promise does not cover the rows
     note = OfferNote(
         run=deployment.run,
         federation=federation.deploy.name,
