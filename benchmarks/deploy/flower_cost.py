@@ -177,12 +177,14 @@ def _per_message(setting: Setting, found: Measured) -> float:
     return (median(found.rounds) - median(found.here)) / setting.sites
 
 
-def page(measured: dict[str, Measured], rounds: int, repeats: int) -> str:
+def page(measured: dict[str, Measured], asked: argparse.Namespace, repeats: int) -> str:
     """What was found as Markdown."""
+    rounds = asked.rounds
     settings = [setting for setting in SETTINGS if setting.name in measured and measured[setting.name].rounds]
     loads = [load for setting in settings for load in measured[setting.name].loads]
     lines = [
-        f"`OMP_NUM_THREADS=1 python benchmarks/deploy/flower_cost.py --rounds {rounds} --repeats {repeats}`",
+        f"`OMP_NUM_THREADS=1 python benchmarks/deploy/flower_cost.py --rounds {rounds} --repeats {repeats} "
+        f"--most-sites {asked.most_sites}`",
         "",
         "# What Flower's processes cost",
         "",
@@ -240,12 +242,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--most-sites", type=int, default=20)
     parser.add_argument("--out", type=Path, default=RESULTS)
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
-    measured = {setting.name: Measured() for setting in SETTINGS}
+    settings = [setting for setting in SETTINGS if setting.sites <= asked.most_sites]
+    measured = {setting.name: Measured() for setting in settings}
     for repeat in range(asked.repeats):
-        for setting in SETTINGS:
+        for setting in settings:
             room = Path(tempfile.mkdtemp(prefix="fedmerge-"))
             try:
                 measure(setting, asked.rounds, room, measured[setting.name])
@@ -254,7 +258,7 @@ def main() -> None:
             sys.stderr.write(f"{repeat} {setting.name}: {measured[setting.name].rounds}\n")
             text = json.dumps({name: asdict(found) for name, found in measured.items()}, indent=1)
             (asked.out / "flower_cost.json").write_text(text + "\n", encoding="utf-8")
-            (asked.out / "flower_cost.md").write_text(page(measured, asked.rounds, repeat + 1), encoding="utf-8")
+            (asked.out / "flower_cost.md").write_text(page(measured, asked, repeat + 1), encoding="utf-8")
 
 
 if __name__ == "__main__":
