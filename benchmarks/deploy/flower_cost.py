@@ -51,8 +51,9 @@ HERE = Path(__file__).parent
 
 
 def note(what):
-    with (HERE / "times").open("a") as times:
-        times.write(f"{os.getpid()} {what} {time.process_time()}\\n")
+    if HERE.is_dir():  # gone where the rehearsal's process ends
+        with (HERE / "times").open("a") as times:
+            times.write(f"{os.getpid()} {what} {time.process_time()}\\n")
 
 
 def examples():
@@ -138,7 +139,7 @@ def measure(setting: Setting, rounds: int, room: Path, into: Measured) -> None:
     into.loads.append(os.getloadavg()[0])
     with World(federation, Processes(room / "said", grace=10.0)) as world:
         world.up()
-        until(lambda: _watched(world, into), ENOUGH, f"the end of {setting.name}", look=0.5)
+        until(lambda: _watched(world, into), ENOUGH, f"the end of {setting.name}", look=1.0)
         world.finished(1)
         into.rounds += [line.seconds for line in world.record().rounds[1:]]
     for path in federation.folder.rglob("times"):
