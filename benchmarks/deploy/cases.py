@@ -362,7 +362,7 @@ def _nan(room: Room) -> Found:
 
 @case(
     "a site answers twice",
-    "a SuperNode sends its answer of round 1 twice; a second SuperNode comes with the key of another site that is there",
+    "a SuperNode sends its answer of round 1 twice; a second one comes with the key of another site that is there",
     "counted once: the same bits",
 )
 def _twice(room: Room) -> Found:
