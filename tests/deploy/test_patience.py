@@ -136,6 +136,15 @@ def test_a_site_that_was_turned_away_is_asked_again_later(tmp_path):
     assert read_run(federation.run_folder).status == "finished"
 
 
+def test_a_site_that_has_not_introduced_itself_is_asked_for_no_round(tmp_path):
+    federation = write_federation(tmp_path / "f", deploy={**QUICK, "start_with": 2})
+    wrong = Spoiling("clinic-b", lambda letter: said(letter, site="clinic-a"), kind="hello", number=1, times=99)
+    network = run(federation, named=True, tamper=wrong)
+    assert {kind for name, kind in network.sent if name == "clinic-b"} == {"hello"}
+    status = read_status(federation.run_folder)
+    assert "says that it is 'clinic-a'" in status.sites["clinic-b"].told
+
+
 def test_a_site_whose_introduction_fails_is_asked_ever_more_rarely(tmp_path):
     federation = write_federation(tmp_path / "f", deploy=QUICK)
     clock = SlowClock()

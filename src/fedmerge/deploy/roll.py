@@ -117,12 +117,15 @@ class Roll:
         if contact[:2] in self._refused:
             return None
         name = contact.name or self._claims.get(contact.address)
-        return name if name in self.names else None
+        return name if name in self.names and self._is_known(name) else None
+
+    def _is_known(self, name: str | None) -> bool:
+        return name in self.reports or name in self.familiar
 
     def _greet(self, contact: Contact, now: float) -> None:
         """Asks a connection once who it is, unless all that is known already."""
         connection = contact[:2]
-        known = contact.name is not None and (contact.name in self.reports or contact.name in self.familiar)
+        known = contact.name is not None and self._is_known(contact.name)
         due, _ = self._pauses.get(connection, (now, 0.0))
         if known or connection in self._greeted or connection in self._refused or now < due:
             return
