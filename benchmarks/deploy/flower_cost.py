@@ -6,7 +6,7 @@ Run from the repository's root on an otherwise idle machine::
 
 All sites, the SuperLink and the ServerApp share this machine, with certificates and node keys on the loopback address:
 the seconds of a round with many sites are mostly those of their processes waiting for the same cores, which sites on
-machines of their own do not. Settings take turns; runs: and medians over rounds are told.
+machines of their own do not. Settings take turns, and medians over rounds are told.
 """
 
 from __future__ import annotations
@@ -192,8 +192,8 @@ def page(measured: dict[str, Measured], asked: argparse.Namespace, repeats: int)
         f"FedMerge on digits, perceptrons of one hidden layer, one epoch; fedmerge {__version__}, flwr",
         f"{flwr.__version__}, torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}.",
         f"SuperLink, ServerApp and all sites share {os.cpu_count()} cores of one machine, over TLS with node keys on",
-        f"the loopback address. Settings take turns; runs: {repeats} of {rounds} rounds each; medians over rounds, with",
-        f"the smallest and the largest. Load when runs began: {min(loads):.1f} to {max(loads):.1f} (`uptime`); above",
+        f"the loopback address. Settings take turns; runs: {repeats} of {rounds} rounds each; medians over rounds,",
+        f"with the smallest and the largest. Load when runs began: {min(loads):.1f} to {max(loads):.1f} (`uptime`); above",
         "about 1, other work was in the way and seconds are too many.",
         "",
         "| sites | MB per model | seconds per round | in one process | seconds per message and answer, beside that |",
