@@ -226,7 +226,9 @@ def _scores(record: Any) -> None:
         scores = (selected.validation, selected.test)
         shown = ["–" if s is None or s.accuracy[i] is None else f"{100 * s.accuracy[i]:.1f}" for s in scores]
         grid.add_row(escape(name), str(record.num_train[i]), *shown)
-    out.print(f"[bold]{escape(record.label)}[/]: round {selected.round} of {record.last().round}, {record.method}")
+    chosen = "the best on validation" if record.select == "validation" else "the last"
+    done = f"{record.last().round} rounds of {record.method}"
+    out.print(f"[bold]{escape(record.label)}[/]: {done}; models of round {selected.round}, {chosen}")
     out.print(grid)
 
 

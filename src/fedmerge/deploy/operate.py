@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -10,13 +11,13 @@ from pathlib import Path
 
 from fedmerge.core.errors import FedmergeError, UsageError
 from fedmerge.deploy import processes
-from fedmerge.deploy.address import free_port
+from fedmerge.deploy.address import free_port, host_and_port
 from fedmerge.deploy.blueprint import FLOWER_HOME, SITE_FILE
 from fedmerge.deploy.commands import FlowerCommandError, RunEnd, open_run, register_sites, stop_run, submit
 from fedmerge.deploy.deployment import FILE as DEPLOYMENT
 from fedmerge.deploy.deployment import read_deployment
 from fedmerge.deploy.federation import FederationConfig, read_federation
-from fedmerge.deploy.roster import read_roster
+from fedmerge.deploy.roster import Roster, read_roster
 from fedmerge.experiment.record import RunRecord, read_run, read_run_alone
 
 Teller = Callable[[str], None]
@@ -35,12 +36,41 @@ def start_server(folder: Path | str, tell: Teller) -> None:
         UsageError: if it runs already, or the folder or its certificates cannot be used.
     """
     roster = read_roster(folder)
-    command = processes.superlink_command(roster.folder)
     with processes.Processes(roster.folder / LOGS) as running, processes.stop_signals() as stop:
-        home = processes.environment(roster.folder / FLOWER_HOME)
-        running.start("superlink", command, env=home, cwd=roster.folder, log=roster.folder / LOGS / "superlink.log")
-        tell(f"the SuperLink of {roster.deploy.name} listens at {roster.link}; what it says: {LOGS}/superlink.log")
+        _start_link(running, roster, tell)
+        tell(f"the SuperLink of {roster.deploy.name} listens at {roster.link}; end it with Ctrl-C or SIGTERM")
         running.watch(stop.is_set, tell=tell)
+
+
+def _start_link(running: processes.Processes, roster: Roster, tell: Teller) -> None:
+    """Starts a SuperLink, waits until it answers, and lets the sites' keys in.
+
+    Raises:
+        UsageError: if something else has its port.
+        FedmergeError: if it does not answer.
+    """
+    place, log = roster.folder, roster.folder / LOGS / "superlink.log"
+    command = processes.superlink_command(place)
+    _refuse_taken(roster.link)
+    tell(f"starting the SuperLink; what it says: {log}")
+    running.start("superlink", command, env=processes.environment(place / FLOWER_HOME), cwd=place, log=log)
+    if not processes.wait_for_superlink(place, _START_SECONDS, alive=lambda: running.alive("superlink")):
+        raise FedmergeError(f"the SuperLink does not start; it says why in {log}")
+    if not roster.deploy.insecure:
+        register_sites(place)
+
+
+def _refuse_taken(link: str) -> None:
+    host, port = host_and_port(link)
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as tried:
+        tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            tried.bind((host, port))
+        except OSError as error:
+            raise UsageError(
+                f"the SuperLink cannot listen at {link}: {error.strerror}; end what uses that port, or change "
+                "deploy.listen (and deploy.address, where sites connect to it directly)"
+            ) from error
 
 
 def start_site(folder: Path | str, tell: Teller) -> None:
@@ -52,8 +82,14 @@ def start_site(folder: Path | str, tell: Teller) -> None:
     place = Path(folder).absolute()
     with processes.Processes(place / LOGS) as running, processes.stop_signals() as stop:
         _start_node(running, place)
-        tell(f"site {place.name} is looking for its server; what it says: {place / LOGS / 'supernode.log'}")
-        running.watch(stop.is_set, tell=tell)
+        tell(f"site {place.name} runs; end it with Ctrl-C or SIGTERM. What it says: {place}/{LOGS}/supernode.log")
+        running.watch(stop.is_set, tell=lambda line: tell(_of_site(line)))
+
+
+def _of_site(line: str) -> str:
+    """What happened to a site's program; the likeliest reason, where it ended."""
+    why = "the server is not there yet, or does not know the site's key, or has not noticed that the site was away"
+    return f"{line}: {why}" if " ended with status " in line else line
 
 
 def _start_node(running: processes.Processes, place: Path, name: str = "supernode") -> None:
@@ -191,13 +227,7 @@ def run_here(folder: Path | str, tell: Teller) -> RunRecord:
     if away:
         raise UsageError(f"{place}/sites has no folder of {', '.join(away)}; start such sites on their own machines")
     with processes.stop_signals_interrupt(), processes.Processes(place / LOGS) as running:
-        env = processes.environment(place / FLOWER_HOME)
-        command, log = processes.superlink_command(place), place / LOGS / "superlink.log"
-        running.start("superlink", command, env=env, cwd=place, log=log)
-        if not processes.wait_for_superlink(place, _START_SECONDS, alive=lambda: running.alive("superlink")):
-            raise FedmergeError(f"the SuperLink does not start; it says why in {log}")
-        if not federation.deploy.insecure:
-            register_sites(place)
+        _start_link(running, read_roster(place), tell)
         for name in federation.living:
             _start_node(running, place / "sites" / name, f"supernode-{name}")
         tell(f"SuperLink and {len(federation.living)} sites are running")

@@ -156,7 +156,7 @@ def _ask(
 
     letters: dict[str, Callable[[], Letter]] = {names[i]: partial(letter, i) for i in asked}
     counts = _counter(tray, cohort)
-    missing = office.post.ask(Asking("round", f"round {number}", letters, counts, quorum))
+    missing = office.post.ask(Asking("round", f"round {number}" if cohort else "last scores", letters, counts, quorum))
     for name, why in sorted(missing.items()):
         log.warning("round %d goes on without %s: %s", number, name, shortened(why, 500))
     return sum(sent.values())

@@ -203,7 +203,7 @@ def _in_order(table: Table, columns: tuple[str, ...]) -> Table:
         wanted = missing or columns
         raise DataError(
             f"{table.origin}: {unknown_name('column', surplus[0], wanted)}{more}; rename it as the federation does, or "
-            "leave it out"
+            "leave it out if the federation does not have it"
         )
     if missing:
         listed = shortened(", ".join(map(repr, missing)), 1000)
