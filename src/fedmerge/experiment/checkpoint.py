@@ -337,7 +337,7 @@ def pending_round(folder: Path, found: Found, num_clients: int) -> RoundRecord |
 
 def _check_records(path: Path, manifest: Manifest) -> None:
     """The lines of the rounds so far must be those that the checkpoint saw."""
-    size = path.stat().st_size if path.exists() else 0
+    size = path.stat().st_size if manifest.lines or path.exists() else 0
     if size < manifest.lines or digest(_beginning(path, manifest.lines)) != manifest.records:
         raise FedmergeError(f"{path.name} does not begin with the rounds that it saw")
 
