@@ -14,7 +14,7 @@ from fedmerge.deploy.plan import plan_of
 from fedmerge.deploy.post import Post
 from fedmerge.deploy.roll import Roll
 from fedmerge.deploy.rounds import next_round
-from fedmerge.deploy.server import _hello
+from fedmerge.deploy.server import _doubt, _hello
 from fedmerge.deploy.status import Board, Status
 
 
@@ -84,9 +84,8 @@ def test_the_scoring_round_makes_up_no_update(tmp_path):
     make_folder(folder)
     board = Board(folder, Status(run=deployment.run, rounds=2))
     link = HereLink(federation)
-    post = Post(
-        Roll(link, federation.names, federation.deploy, _hello(federation, deployment), board, SlowClock().clock())
-    )
+    hello, doubt = _hello(federation, deployment), _doubt(federation)
+    post = Post(Roll(link, federation.names, federation.deploy, hello, doubt, board, SlowClock().clock()))
     with open_office(plan, deployment, None, post) as office:
         post.wait_for_reports(3)
         while office.open is not None:

@@ -11,11 +11,12 @@ from small_deployment import HereLink, SlowClock, write_federation
 from test_server import Spoiling, interrupt, run, said, same, states, with_nan
 
 from fedmerge.core.errors import FedmergeError, UsageError
-from fedmerge.deploy.client import answer_to
+from fedmerge.deploy.client import answer_to, ready_site
 from fedmerge.deploy.federation import read_federation
 from fedmerge.deploy.link import Contact, Failure
 from fedmerge.deploy.messages import Letter, answer_from
 from fedmerge.deploy.private_state import BusyError, PrivateState, site_held
+from fedmerge.deploy.server import serve
 from fedmerge.deploy.site import read_site
 from fedmerge.deploy.status import read_status
 from fedmerge.experiment.record import RoundRecord, Scores, read_run, select
@@ -52,8 +53,6 @@ def going_away(federation, name, number, seconds=float("inf")):
 
 
 def serve_with(federation, clock, network):
-    from fedmerge.deploy.server import serve  # noqa: PLC0415 - beside the fixtures it would be one import of many
-
     serve(federation, network, clock=clock.clock())
 
 
@@ -278,8 +277,6 @@ def test_a_damaged_private_state_is_told(tmp_path):
     site = federation.folder / "sites/clinic-a"
     (path,) = (site / "state").glob("*/private-3.safetensors")
     path.write_bytes(path.read_bytes()[:-9])
-    from fedmerge.deploy.client import ready_site  # noqa: PLC0415
-
     ready = ready_site(read_site(site), federation.terms)
     state = PrivateState(site / "state", read_status(federation.run_folder).run, ready.fresh())
     with pytest.raises(FedmergeError, match="is needed to go on"):

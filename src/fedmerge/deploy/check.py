@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fedmerge.core.errors import FedmergeError, UsageError, unknown_name
+from fedmerge.core.protocol import tree_bytes
 from fedmerge.deploy import identity
 from fedmerge.deploy.client import answer_to
 from fedmerge.deploy.federation import FILE, FederationConfig, read_federation
@@ -16,9 +17,9 @@ from fedmerge.deploy.plan import plan_of
 from fedmerge.deploy.reach import Finding, check_server
 from fedmerge.deploy.site import SiteConfig, read_site
 from fedmerge.deploy.site_data import check_site_data
+from fedmerge.deploy.telling import told_versions
 from fedmerge.deploy.trees import form_of
 from fedmerge.experiment.federation import encoder_of
-from fedmerge.experiment.store import versions
 from fedmerge.training import rate_of_round
 
 
@@ -43,10 +44,7 @@ def check_site(folder: Path | str, *, network: bool = True) -> list[Finding]:
     terms = federation.terms
     found.append(Finding(FILE, True, f"terms {terms.digest[:12]}: {terms.options.rounds} rounds"))
     found += [_key(site, federation), _versions()]
-    found += [
-        Finding(each.name, each.ok, each.detail)
-        for each in check_site_data(site, terms.schema, terms.options.seed, encoder_of(terms.model))
-    ]
+    found += check_site_data(site, terms.schema, terms.options.seed, encoder_of(terms.model))
     return [*found, _step(site, federation)] if found[-1].ok else found
 
 
@@ -72,8 +70,7 @@ def _key(site: SiteConfig, federation: FederationConfig) -> Finding:
 
 
 def _versions() -> Finding:
-    found = versions()
-    return Finding("versions", True, ", ".join(f"{key} {found[key]}" for key in ("fedmerge", "python", "torch")))
+    return Finding("versions", True, ", ".join(f"{name} {found}" for name, found in told_versions().items()))
 
 
 def _step(site: SiteConfig, federation: FederationConfig) -> Finding:
@@ -103,6 +100,6 @@ def _step(site: SiteConfig, federation: FederationConfig) -> Finding:
     except (FedmergeError, ValueError) as error:
         return Finding("round", False, f"a round cannot be done: {error}")
     done = answer_from(answer.text)
-    sent = sum(tensor.numel() * tensor.element_size() for tensor in answer.tensors.values())
+    sent = tree_bytes(dict(answer.tensors))
     detail = f"one round on {done.num_train} examples took {done.seconds:.1f} s and sends {sent:,} bytes"
     return Finding("round", True, detail)

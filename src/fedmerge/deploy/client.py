@@ -18,7 +18,7 @@ from fedmerge.core.randomness import fresh_module_randomness
 from fedmerge.core.replies import named_tensors
 from fedmerge.core.vector import Layout, layout_of
 from fedmerge.data import ClientData, FederatedData
-from fedmerge.deploy.federation import FILE, Terms, in_client_order, terms_of
+from fedmerge.deploy.federation import FILE, Terms, agreed_on, in_client_order, terms_of
 from fedmerge.deploy.messages import Answer, Letter, Order, Score, order_from, text_of
 from fedmerge.deploy.moments import moments
 from fedmerge.deploy.private_state import PrivateState, site_held
@@ -26,7 +26,7 @@ from fedmerge.deploy.protection import seed_of_release
 from fedmerge.deploy.site import SiteConfig
 from fedmerge.deploy.site_data import raw_client, site_client
 from fedmerge.deploy.site_model import write_site_model
-from fedmerge.deploy.telling import told_versions
+from fedmerge.deploy.telling import tellable, told_versions
 from fedmerge.deploy.trees import tree_from
 from fedmerge.experiment.choice import objective_of
 from fedmerge.experiment.config import read_toml
@@ -94,8 +94,9 @@ def answer_to(letter: Letter, config: SiteConfig) -> Letter:
             or the site's data or state do not allow an answer.
     """
     began = time.perf_counter()
-    order = order_from(letter.text)
-    terms = accepted(order, config)
+    with tellable(config.folder):
+        order = order_from(letter.text)
+        terms = accepted(order, config)
     tensors: Mapping[str, Tensor] = {}
     with one_thread():
         if order.kind == "hello":
@@ -115,45 +116,44 @@ def accepted(order: Order, config: SiteConfig) -> Terms:
     """
     if order.kind != "hello" and order.site != config.name:
         raise FedmergeError(f"the server's message is for site {order.site!r}; this is {config.name!r}")
-    terms = agreed_terms(order.terms, config)
+    own = read_toml(config.folder / FILE) if (config.folder / FILE).is_file() else None
+    terms = _agreed_terms(order.terms, own)
     if order.kind != "hello":
-        _refuse_odd(order, terms, config)
+        _refuse_odd(order, terms, config.name, own)
     return terms
 
 
-def agreed_terms(plain: Mapping[str, Any], config: SiteConfig) -> Terms:
+def _agreed_terms(plain: Mapping[str, Any], own: Mapping[str, Any] | None) -> Terms:
     """The terms that a server asks for, if the site may work under them.
 
     Args:
         plain: As they came.
-        config: The site's own; where its folder holds a ``federation.toml``, no others are accepted.
+        own: The ``federation.toml`` in the site's folder: no other terms than its own are accepted. None without one.
 
     Raises:
         UsageError: if they are damaged, name a network of the server's own, or are not those agreed on.
     """
     terms = terms_of(plain)
-    own = config.folder / FILE
-    if own.is_file():
-        table = read_toml(own)
-        agreed = terms_of({key: value for key, value in table.items() if key not in ("deploy", "sites")})
-        if agreed.schema.needs_moments and terms.schema.mean and terms.schema.std:
-            agreed = replace(agreed, schema=agreed.schema.with_scale(terms.schema.mean, terms.schema.std))
-        if agreed.digest != terms.digest:
-            difference = _first_difference(agreed.plain(), terms.plain())
+    if own is None:
+        if plain.get("model", {}).get("name") == "import":
             raise UsageError(
-                f"the server asks for other terms than {own} holds ({difference}); agree with whoever runs the server "
-                "and replace the file, or remove it to accept any terms"
+                "the server asks for a network from a file of its user's own (model 'import'), which a site loads only "
+                f"if its own {FILE} names it; put the agreed file there"
             )
         return terms
-    if plain.get("model", {}).get("name") == "import":
+    agreed = terms_of(agreed_on(own))
+    if agreed.schema.needs_moments and terms.schema.mean and terms.schema.std:
+        agreed = replace(agreed, schema=agreed.schema.with_scale(terms.schema.mean, terms.schema.std))
+    if agreed.digest != terms.digest:
+        difference = _first_difference(agreed.plain(), terms.plain())
         raise UsageError(
-            "the server asks for a network from a file of its user's own (model 'import'), which a site loads only if "
-            f"its own {FILE} names it; put the agreed file there"
+            f"the server asks for other terms than {FILE} holds ({difference}); agree with whoever runs the server "
+            "and replace the file, or remove it to accept any terms"
         )
     return terms
 
 
-def _refuse_odd(order: Order, terms: Terms, config: SiteConfig) -> None:
+def _refuse_odd(order: Order, terms: Terms, name: str, own: Mapping[str, Any] | None) -> None:
     """Refuses what the terms do not have room for: further rounds, another rate, another site's place.
 
     Raises:
@@ -164,11 +164,10 @@ def _refuse_odd(order: Order, terms: Terms, config: SiteConfig) -> None:
         raise UsageError(f"the server asks for round {order.round}; the terms have {rounds}")
     if order.train and order.rate != rate_of_round(training, order.round, rounds):
         raise UsageError(f"the server asks for rate {order.rate} in round {order.round}, which the terms do not have")
-    own = config.folder / FILE
-    names = in_client_order(read_toml(own).get("sites", {})) if own.is_file() else []
-    if config.name in names and names.index(config.name) != order.client:
+    names = [] if own is None else in_client_order(own.get("sites", {}))
+    if name in names and names.index(name) != order.client:
         raise UsageError(
-            f"the server calls this site client {order.client}; in {own} it is {names.index(config.name)}: bring the "
+            f"the server calls this site client {order.client}; in {FILE} it is {names.index(name)}: bring the "
             "server's federation.toml, whose sites are others now"
         )
 

@@ -22,7 +22,7 @@ from fedmerge.core.text import brief
 from fedmerge.deploy.protection import privacy_faults
 from fedmerge.deploy.schema import DataSchema
 from fedmerge.experiment.attacks import Attack
-from fedmerge.experiment.config import RunOptions, build_config, plain_options, read_toml
+from fedmerge.experiment.config import RunOptions, build_config, plain_options, read_toml, subtable
 from fedmerge.experiment.participation import Participation
 from fedmerge.models import NETWORKS
 from fedmerge.training import LocalTraining
@@ -141,14 +141,11 @@ def read_federation(folder: Path | str) -> FederationConfig:
         UsageError: with one line per fault, all of them together.
     """
     folder = Path(folder)
-    path = folder / FILE
-    if not path.is_file():
-        raise UsageError(f"{folder} is no federation: it has no {FILE}; make one with `fedmerge deploy init`")
-    table = read_toml(path)
+    path, table = federation_table(folder)
     faults: list[str] = []
-    deploy = build_options(DeployOptions, _table(table, "deploy", faults), "deploy", faults)
-    sites = _sites_of(_table(table, "sites", faults), faults)
-    terms = _terms_of({key: value for key, value in table.items() if key not in ("deploy", "sites")}, faults)
+    deploy = build_options(DeployOptions, subtable(table, "deploy", faults), "deploy", faults)
+    sites = _sites_of(subtable(table, "sites", faults), faults)
+    terms = _terms_of(agreed_on(table), faults)
     if deploy is None or terms is None or faults:
         raise UsageError(f"{path}:\n{together(faults)}")
     if not deploy.insecure:
@@ -162,6 +159,23 @@ def read_federation(folder: Path | str) -> FederationConfig:
     if faults:
         raise UsageError(f"{path}:\n{together(faults)}")
     return FederationConfig(folder, deploy, sites, terms)
+
+
+def federation_table(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """``federation.toml`` of a folder: its path, and what it says.
+
+    Raises:
+        UsageError: if there is none or it cannot be read.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        raise UsageError(f"{folder} is no federation: it has no {FILE}; make one with `fedmerge deploy init`")
+    return path, read_toml(path)
+
+
+def agreed_on(table: Mapping[str, Any]) -> dict[str, Any]:
+    """What of ``federation.toml`` are the terms."""
+    return {key: value for key, value in table.items() if key not in ("deploy", "sites")}
 
 
 def terms_of(table: Mapping[str, Any]) -> Terms:
@@ -184,7 +198,7 @@ def _terms_of(table: Mapping[str, Any], faults: list[str]) -> Terms | None:
         for key in ("source", "partition")
         if key in table
     ]
-    schema = build_options(DataSchema, _table(table, "data", faults), "data", faults)
+    schema = build_options(DataSchema, subtable(table, "data", faults), "data", faults)
     rest = {key: value for key, value in table.items() if key not in ("data", "source", "partition")}
     try:
         config = build_config(rest)
@@ -232,14 +246,6 @@ def _simulated(options: RunOptions) -> list[str]:
         if name not in _REAL and value != none.get(name)
     ]
     return faults
-
-
-def _table(table: Mapping[str, Any], key: str, faults: list[str]) -> dict[str, Any]:
-    value = table.get(key, {})
-    if isinstance(value, Mapping):
-        return dict(value)
-    faults.append(f"{key}: got {brief(value)}; expected a table")
-    return {}
 
 
 def _sites_of(table: Mapping[str, Any], faults: list[str]) -> dict[str, str]:

@@ -16,9 +16,7 @@ from fedmerge.deploy.post import Asking, Post, Taken
 from fedmerge.deploy.trees import form_of
 from fedmerge.experiment.checkpoint import restored
 from fedmerge.experiment.record import RunRecord, read_run
-from fedmerge.experiment.simulation import (
-    Progress,
-)
+from fedmerge.experiment.simulation import Progress
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +49,7 @@ def hand_over(plan: Plan, deployment: Deployment, post: Post, record: RunRecord,
         tree, base = box.of(i), since[i]
         form = tuple(form_of(tree))
         order = Order("final", deployment.run, number, i, names[i], terms, base=base, keep=(base,), form=form)
-        return lettered(replace(order, seconds=post.seconds(0)), tree)
+        return lettered(order, tree)
 
     def take(name: str, letter: Letter) -> Taken:
         answer = answer_from(letter.text)

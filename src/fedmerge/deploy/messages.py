@@ -55,7 +55,6 @@ class Order:
         base: Round after which the site kept the private state that it goes on from; 0 for none yet.
         keep: Rounds whose private state the server may still ask for; others can go.
         form: Of the received tree, see `trees.form_of`.
-        seconds: After which nobody waits for the answer, so that a site's process may end itself; 0 for no limit.
     """
 
     kind: Kind
@@ -70,7 +69,6 @@ class Order:
     base: int = 0
     keep: tuple[int, ...] = ()
     form: tuple[Any, ...] = ()
-    seconds: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,7 @@ from fedmerge.experiment.execute import Journey, close_run, new_record
 from fedmerge.experiment.record import RoundRecord, RunRecord, write_run
 from fedmerge.experiment.record import Status as RunStatus
 from fedmerge.experiment.serving import write_serving
-from fedmerge.experiment.simulation import (
-    Setup,
-    first_record,
-)
+from fedmerge.experiment.simulation import Setup, first_record
 from fedmerge.experiment.store import versions
 
 REPLIES = "replies"
@@ -126,12 +123,13 @@ def open_office(plan: Plan, deployment: Deployment, record: RunRecord | None, po
         yield office
     except BaseException as error:
         status: RunStatus = "interrupted" if isinstance(error, (KeyboardInterrupt, SystemExit)) else "failed"
-        shutil.rmtree(folder / REPLIES, ignore_errors=True)
         with suppress(OSError):  # a full disk, which `error` tells already
             book.stop()
             close_run(office.record, status, office.journey, office.seconds(), folder)
             post.roll.board.close(f"{status}: {error}")
         raise
+    finally:
+        shutil.rmtree(folder / REPLIES, ignore_errors=True)
 
 
 def _write_first(plan: Plan, folder: Path) -> None:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 
 from fedmerge.algorithms import ALGORITHMS
@@ -15,10 +14,9 @@ from fedmerge.core.keeping import travelling
 from fedmerge.core.protocol import Algorithm
 from fedmerge.data.federated import without_examples
 from fedmerge.experiment.config import RunOptions
-from fedmerge.experiment.federation import drawer
+from fedmerge.experiment.elsewhere import setup_without_examples, start_of
 from fedmerge.experiment.privacy_check import privacy_of
-from fedmerge.experiment.simulation import Progress, Setup, setup_without_examples
-from fedmerge.runtime import Fleet
+from fedmerge.experiment.simulation import Progress, Setup
 from fedmerge.training import LocalTraining
 
 
@@ -60,10 +58,7 @@ def begun(method: Algorithm[Any], model: Any, num_clients: int, options: RunOpti
     names = [str(i) for i in range(num_clients)]
     setup = setup_without_examples(method, model, LocalTraining(), options, without_examples(names, ("",), None))
     _refuse_private(setup)
-    draw = drawer(model, setup.data, options.seed, setup.layout, options.dtype)
-    state = setup.played.init(draw, setup.facts, options.seed)
-    fleet = Fleet(((),) * num_clients, (torch.empty(0),) * num_clients, options.buffers, setup.layout.num_trainable)
-    return setup, Progress(state, fleet, 0)
+    return setup, start_of(setup, model)
 
 
 def name_of(setup: Setup) -> str:

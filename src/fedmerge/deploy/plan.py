@@ -6,25 +6,15 @@ import hashlib
 import json
 from dataclasses import dataclass, replace
 
-import torch
-
 from fedmerge.core.errors import UsageError
 from fedmerge.core.keeping import travelling
 from fedmerge.deploy.federation import FederationConfig
 from fedmerge.deploy.outbox import Templates
 from fedmerge.deploy.protection import privacy_faults
 from fedmerge.experiment.choice import Choice
-from fedmerge.experiment.federation import drawer
+from fedmerge.experiment.elsewhere import setup_without_examples, start_of
 from fedmerge.experiment.privacy_check import privacy_of
-from fedmerge.experiment.simulation import (
-    Progress,
-    Setup,
-    setup_without_examples,
-)
-from fedmerge.runtime import Fleet
-
-NOTHING_KEPT = torch.empty(0)
-"""What the server keeps for a site: nothing."""
+from fedmerge.experiment.simulation import Progress, Setup
 
 
 @dataclass(frozen=True)
@@ -65,11 +55,6 @@ def plan_of(federation: FederationConfig) -> Plan:
     setup = setup_without_examples(terms.method, terms.model, terms.training, options, data, choice)
     travels = travelling(setup.layout, options.keep)
     setup = replace(setup, privacy=privacy_of(terms.method, setup.played, travels, options, len(data.clients)))
-    state = setup.played.init(
-        drawer(terms.model, data, options.seed, setup.layout, options.dtype), setup.facts, options.seed
-    )
-    N = len(data.clients)
-    fleet = Fleet(((),) * N, (NOTHING_KEPT,) * N, options.buffers, setup.layout.num_trainable)  # sites keep theirs
     identity = json.dumps([federation.names, terms.plain()["data"]], sort_keys=True)
     digest = hashlib.sha256(identity.encode()).hexdigest()
-    return Plan(federation, setup, Templates(setup, schema), Progress(state, fleet, 0), digest)
+    return Plan(federation, setup, Templates(setup, schema), start_of(setup, terms.model), digest)

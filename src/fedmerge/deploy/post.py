@@ -162,15 +162,6 @@ class Post:
             )
         return missing
 
-    def seconds(self, needed: int) -> float:
-        """How long a site's answer may take to be of any use.
-
-        Args:
-            needed: Answers that must count; while there are fewer, the server waits beyond the deadline.
-        """
-        options = self.roll.options
-        return max(options.deadline, options.patience if needed else 0.0) + GRACE
-
     def _is_enough(self, asking: Asking, tally: _Tally) -> bool:
         """Whether a round may close before all have answered."""
         if tally.counted < asking.needed:
@@ -191,7 +182,7 @@ class Post:
     def _send(self, asking: Asking, tally: _Tally) -> None:
         roll = self.roll
         here, now = roll.present(), roll.clock.now()
-        seconds = self.seconds(asking.needed)
+        seconds = max(roll.options.deadline, roll.options.patience if asking.needed else 0.0) + GRACE
         for name, site in tally.waiting.items():
             contact = here.get(name)
             if contact is None or now < site.not_before:

@@ -27,13 +27,8 @@ MOST_PAUSE = 600.0
 MOST_LETTERS = 500
 """Of what others said, in logs."""
 Connection = tuple[int, str]
-Doubt = Callable[[str, Answer], str]
+Doubt = Callable[[Answer], str]
 """Looks at what a site says of itself; why it cannot take part, empty if it can."""
-
-
-def no_doubt(name: str, answer: Answer) -> str:  # noqa: ARG001 - a `Doubt`
-    """Everybody can take part."""
-    return ""
 
 
 class Clock(NamedTuple):
@@ -68,9 +63,9 @@ class Roll:
         names: Of all sites that may take part.
         options: How long letters are kept.
         hello: The letter that asks a site who it is; may change.
+        doubt: Says why a site that introduces itself cannot take part; may change.
         board: Where people see what is going on.
         clock: Time.
-        doubt: Says why a site that introduces itself cannot take part.
         reports: What each site said of itself, by name.
         familiar: Sites that need not be asked who they are where their key says it: the run knows their counts.
     """
@@ -79,9 +74,9 @@ class Roll:
     names: Sequence[str]
     options: DeployOptions
     hello: Callable[[str], Letter]
+    doubt: Doubt
     board: Board
     clock: Clock
-    doubt: Doubt = no_doubt
     reports: dict[str, Answer] = field(default_factory=dict)
     familiar: frozenset[str] = frozenset()
     _claims: dict[int, str] = field(default_factory=dict)
@@ -166,7 +161,7 @@ class Roll:
             self._refuse(contact, f"its key belongs to {contact.name!r}, but it says that it is {answer.site!r}")
         elif answer.site not in self.names:
             self._refuse(contact, f"it says that it is {answer.site!r}, which is no site of this federation")
-        elif why := self.doubt(answer.site, answer):
+        elif why := self.doubt(answer):
             self._refuse(contact, f"site {answer.site!r}: {why}")
         else:
             self._claims[contact.address] = answer.site

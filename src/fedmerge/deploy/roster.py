@@ -15,8 +15,8 @@ from fedmerge.core.errors import UsageError, together
 from fedmerge.core.files import write_atomically
 from fedmerge.core.options import build_options
 from fedmerge.core.text import brief
-from fedmerge.deploy.federation import FILE, SITE_NAME, DeployOptions, is_site_name, is_tombstone
-from fedmerge.experiment.config import read_toml
+from fedmerge.deploy.federation import FILE, SITE_NAME, DeployOptions, federation_table, is_site_name, is_tombstone
+from fedmerge.experiment.config import subtable
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -74,13 +74,10 @@ def read_roster(folder: Path | str) -> Roster:
         UsageError: with one line per fault, all of them together.
     """
     place = Path(folder).absolute()
-    path = place / FILE
-    if not path.is_file():
-        raise UsageError(f"{folder} is no federation: it has no {FILE}; make one with `fedmerge deploy init`")
-    table = read_toml(path)
+    path, table = federation_table(place)
     faults: list[str] = []
-    deploy = build_options(DeployOptions, _inner(table, "deploy", faults), "deploy", faults)
-    listed = _inner(table, "sites", faults)
+    deploy = build_options(DeployOptions, subtable(table, "deploy", faults), "deploy", faults)
+    listed = subtable(table, "sites", faults)
     sites = {name: key for name, key in listed.items() if not is_tombstone(name)}
     faults += name_faults("", tuple(sites))
     faults += [f"sites.{n}: got {brief(key)}; expected a text" for n, key in sites.items() if not isinstance(key, str)]
@@ -154,11 +151,3 @@ def _loads(text: str) -> Table | None:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError:
         return None
-
-
-def _inner(table: Mapping[str, Any], key: str, faults: list[str]) -> Table:
-    value = table.get(key, {})
-    if not isinstance(value, dict):
-        faults.append(f"{key}: got {brief(value)}; expected a table")
-        return {}
-    return value

@@ -9,10 +9,8 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import partial
 
-from torch.utils._pytree import tree_leaves
-
 from fedmerge.core.files import make_folder
-from fedmerge.core.protocol import deliver
+from fedmerge.core.protocol import deliver, tree_bytes
 from fedmerge.core.replies import Expected, check_of
 from fedmerge.core.text import shortened
 from fedmerge.deploy.messages import Letter, Order
@@ -23,12 +21,7 @@ from fedmerge.deploy.tray import Tray
 from fedmerge.deploy.trees import form_of
 from fedmerge.experiment.participation import Presence, Turnout, turnout
 from fedmerge.experiment.record import RoundRecord
-from fedmerge.experiment.simulation import (
-    Progress,
-    Setup,
-    described,
-    is_evaluated,
-)
+from fedmerge.experiment.simulation import Progress, Setup, described, is_evaluated
 from fedmerge.runtime.rounds import RoundResult, refuse_divergence, unanswered
 from fedmerge.runtime.spool import Spool
 from fedmerge.training import rate_of_round
@@ -136,7 +129,7 @@ def _ask(
     def letter(i: int) -> Letter:
         tree = boxes[i].of(i)
         if i in sent:
-            sent[i] = sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(tree))
+            sent[i] = tree_bytes(tree)
         order = Order(
             "round",
             office.deployment.run,
@@ -150,7 +143,6 @@ def _ask(
             base=since[i],
             keep=(since[i], selected[i]),
             form=tuple(form_of(tree)),
-            seconds=office.post.seconds(quorum),
         )
         return lettered(order, tree)
 

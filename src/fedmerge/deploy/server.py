@@ -27,7 +27,7 @@ from fedmerge.deploy.office import REPLIES, note_reports, open_office
 from fedmerge.deploy.plan import Plan, plan_of
 from fedmerge.deploy.post import Post
 from fedmerge.deploy.replacing import put_back
-from fedmerge.deploy.roll import Clock, Roll, no_doubt
+from fedmerge.deploy.roll import Clock, Doubt, Roll
 from fedmerge.deploy.rounds import next_round
 from fedmerge.deploy.status import Board, Status
 from fedmerge.experiment.book import held
@@ -35,9 +35,7 @@ from fedmerge.experiment.checkpoint import remove_all
 from fedmerge.experiment.execute import close_run
 from fedmerge.experiment.lock import NAME as LOCK
 from fedmerge.experiment.record import RunRecord, read_run, read_run_alone
-from fedmerge.experiment.simulation import (
-    one_thread,
-)
+from fedmerge.experiment.simulation import one_thread
 
 STEADY = Clock(time.monotonic, time.sleep)
 
@@ -102,8 +100,7 @@ def _with_scale(
     deployment = replace(deployment, mean=mean, std=std)
     write_deployment(federation.run_folder, deployment)
     federation = scaled(federation, deployment)
-    post.roll.hello = _hello(federation, deployment)
-    post.roll.doubt = no_doubt
+    post.roll.hello, post.roll.doubt = _hello(federation, deployment), _doubt(federation)
     return federation, deployment
 
 
@@ -126,7 +123,6 @@ def _run(plan: Plan, deployment: Deployment, post: Post) -> None:
             next_round(office)
         office.record = close_run(office.record, "finished", office.journey, office.seconds(), folder)
         office.book.close()
-        shutil.rmtree(folder / REPLIES, ignore_errors=True)
     hand_over(plan, deployment, post, office.record, office.journey.selected)
 
 
@@ -150,14 +146,17 @@ def _refuse_others(plan: Plan, record: RunRecord) -> None:
 def _post(federation: FederationConfig, deployment: Deployment, link: Link, clock: Clock) -> Post:
     status = Status(run=deployment.run, rounds=federation.terms.options.rounds)
     board = Board(federation.run_folder, status)
-    roll = Roll(link, federation.living, federation.deploy, _hello(federation, deployment), board, clock)
-    schema = federation.terms.schema
-    if schema.needs_moments:
-        roll.doubt = lambda _, answer: fault_of_moments(answer, schema)
-    return Post(roll)
+    hello, doubt = _hello(federation, deployment), _doubt(federation)
+    return Post(Roll(link, federation.living, federation.deploy, hello, doubt, board, clock))
 
 
 def _hello(federation: FederationConfig, deployment: Deployment) -> Callable[[str], Letter]:
     """Makes the letter that asks a site who it is."""
     terms = federation.terms.plain()
     return lambda name: Letter(text_of(Order("hello", deployment.run, 0, 0, name, terms)), {})
+
+
+def _doubt(federation: FederationConfig) -> Doubt:
+    """Looks at the sums that a site sends, while the scale of the inputs is still to be found."""
+    schema = federation.terms.schema
+    return lambda answer: fault_of_moments(answer, schema)

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from fedmerge._version import __version__
@@ -27,19 +26,16 @@ from fedmerge.core.errors import FedmergeError, UsageError, together
 from fedmerge.core.files import write_atomically
 from fedmerge.core.options import build_options
 from fedmerge.core.strict_json import parse_json_table, read_bounded
-from fedmerge.data import FederatedData
 from fedmerge.deploy.federation import FILE as FEDERATION
 from fedmerge.deploy.federation import Terms
 from fedmerge.deploy.messages import Answer, Order, Score
 from fedmerge.deploy.replacing import replacing
 from fedmerge.deploy.trees import form_of
-from fedmerge.experiment.choice import Choice, objective_of
 from fedmerge.experiment.config import plain_options, read_toml
-from fedmerge.experiment.federation import federation_facts
+from fedmerge.experiment.elsewhere import fleet_elsewhere, setup_on
 from fedmerge.experiment.record import RoundRecord, RunRecord, Scores, to_plain
 from fedmerge.experiment.serving import Serving, frozen_draw, recipe_table
-from fedmerge.experiment.simulation import Progress, Setup, played_method
-from fedmerge.runtime import Fleet, Sequential
+from fedmerge.experiment.simulation import Progress
 
 if TYPE_CHECKING:
     from fedmerge.core.vector import Layout
@@ -160,27 +156,11 @@ def client_of_note(note: ModelNote, terms: Terms, module: nn.Module, layout: Lay
     from fedmerge.exporting import Client, Trained  # noqa: PLC0415
 
     data = terms.schema.without_examples([note.site])
-    setup = _setup(terms, data, module, layout)
-    nothing = Fleet(((),), (torch.empty(0),), terms.options.buffers, layout.num_trainable)
+    setup = setup_on(module, layout, terms.method, terms.training, terms.options, data)
     serving = Serving(recipe_table(terms.model), terms.training, terms.options, terms.schema.form)
     record = _record(note, terms, layout.num_params)
-    trained = Trained(record, serving, terms.model, setup, Progress(None, nothing, note.round))
+    trained = Trained(record, serving, terms.model, setup, Progress(None, fleet_elsewhere(setup), note.round))
     return Client(trained, 0, model, _why(note), _facts(note))
-
-
-def _setup(terms: Terms, data: FederatedData, module: nn.Module, layout: Layout) -> Setup:
-    return Setup(
-        algorithm=terms.method,
-        played=played_method(terms.method, layout, terms.options),
-        data=data,
-        module=module,
-        layout=layout,
-        engine=Sequential(module, layout, terms.training.descent(), objective=objective_of(data)),
-        choice=Choice("sequential"),
-        training=terms.training,
-        options=terms.options,
-        facts=federation_facts(data, layout),
-    )
 
 
 def _record(note: ModelNote, terms: Terms, num_params: int) -> RunRecord:

@@ -16,8 +16,6 @@ from fedmerge.core.errors import FedmergeError
 from fedmerge.core.text import brief
 
 _TENSOR = "tensor"
-MOST_PARTS = 10_000
-"""Tensors of a tree."""
 
 
 def form_of(tree: Any) -> Any:

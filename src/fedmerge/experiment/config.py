@@ -253,7 +253,7 @@ def build_config(table: Mapping[str, Any]) -> Config:
     _complain_of_unknown(rest, faults)
     known = option_fields(RunOptions)
     run = build_options(RunOptions, {key: value for key, value in rest.items() if key in known}, "run", faults)
-    training = build_options(LocalTraining, _subtable(table, "training", faults), "training", faults)
+    training = build_options(LocalTraining, subtable(table, "training", faults), "training", faults)
     chosen = {kind: _chosen(kind, table, faults) for kind in _CHOICES}
     label = table.get("label", "")
     check_label(label, faults)
@@ -288,7 +288,8 @@ def unknown_option(key: str, known: Iterable[str]) -> str:
     return unknown_name("option", key, known)
 
 
-def _subtable(table: Mapping[str, Any], key: str, faults: list[str]) -> Table:
+def subtable(table: Mapping[str, Any], key: str, faults: list[str]) -> Table:
+    """The table at a key, an empty one where there is none; appends a fault if something else is there."""
     value = table.get(key, {})
     if isinstance(value, Mapping):
         return dict(value)
@@ -298,7 +299,7 @@ def _subtable(table: Mapping[str, Any], key: str, faults: list[str]) -> Table:
 
 def _chosen(kind: str, table: Mapping[str, Any], faults: list[str]) -> Any:
     value = spelled_out(kind, table.get(kind, _default(kind, _source_name(table))))
-    given: Table = {"name": value} if isinstance(value, str) else _subtable({kind: value}, kind, faults)
+    given: Table = {"name": value} if isinstance(value, str) else subtable({kind: value}, kind, faults)
     if kind == "source" and given.get("name") == "folder":
         return build_options(FolderOptions, {k: v for k, v in given.items() if k != "name"}, "source", faults)
     name = given.get("name")

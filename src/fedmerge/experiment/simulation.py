@@ -45,7 +45,6 @@ from fedmerge.runtime import (
     Engine,
     Fleet,
     Meeting,
-    Sequential,
     finetuned,
     first_fleet,
     personal_models,
@@ -186,40 +185,6 @@ def played_method(algorithm: Algorithm[Any], layout: Layout, options: RunOptions
     """
     spaced = in_space(algorithm, travelling(layout, options.keep), options.merging)
     return keeping(guarded(spaced, options.defences), layout, options.keep)
-
-
-def setup_without_examples(
-    algorithm: Algorithm[Any],
-    model: Any,
-    training: LocalTraining,
-    options: RunOptions,
-    data: FederatedData,
-    choice: Choice | None = None,
-) -> Setup:
-    """The setup of a run whose clients' examples are elsewhere: all that a server needs.
-
-    Args:
-        algorithm: The method.
-        model: A recipe, a module, or a function that makes one.
-        training: What a client does in a round.
-        options: Rounds, seed and the like.
-        data: From `fedmerge.data.federated.without_examples`.
-        choice: What runs the clients where they are.
-    """
-    module = make_module(model, data, options.seed, dtype=options.dtype)
-    layout = layout_of(module, head=options.head, frozen=options.frozen)
-    return Setup(
-        algorithm=algorithm,
-        played=played_method(algorithm, layout, options),
-        data=data,
-        module=module,
-        layout=layout,
-        engine=Sequential(module, layout, training.descent(), objective=objective_of(data)),
-        choice=choice or Choice("sequential"),
-        training=training,
-        options=options,
-        facts=federation_facts(data, layout),
-    )
 
 
 def _engine_of(

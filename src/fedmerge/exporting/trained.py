@@ -10,18 +10,17 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from fedmerge.core.defences import unguarded
+from fedmerge.core.defences import Defences, unguarded
 from fedmerge.core.ensemble import Personal, members
 from fedmerge.core.errors import FedmergeError, UsageError
-from fedmerge.core.keeping import keeping, travelling
-from fedmerge.core.protocol import Algorithm, Batch, Batches, state_tensors, take, with_tensors
-from fedmerge.core.spaces import in_space
+from fedmerge.core.protocol import Batch, Batches, state_tensors, take, with_tensors
 from fedmerge.core.tensor_files import read_tensors
 from fedmerge.data import FederatedData
 from fedmerge.data.federated import without_examples
 from fedmerge.experiment.checkpoint import restored_fleet
 from fedmerge.experiment.choice import objective_of
-from fedmerge.experiment.config import RunOptions, config_of
+from fedmerge.experiment.config import config_of
+from fedmerge.experiment.elsewhere import setup_without_examples
 from fedmerge.experiment.execute import Outcome
 from fedmerge.experiment.federation import (
     channels_last,
@@ -38,7 +37,7 @@ from fedmerge.experiment.serving import (
     refuse_larger,
     refuse_other_draw,
 )
-from fedmerge.experiment.simulation import Progress, Setup, models_now, one_thread, setup_without_examples
+from fedmerge.experiment.simulation import Progress, Setup, models_now, one_thread, played_method
 from fedmerge.runtime import first_fleet
 
 
@@ -165,21 +164,17 @@ def trained_of_folder(folder: Path, model: Any = None) -> Trained:
 
 
 def _setup(record: RunRecord, serving: Serving, recipe: Any) -> Setup:
-    """As the run had it, but for the clients' examples."""
+    """As the run had it, but for the clients' examples and the defences: no replies come any more."""
     options, data = serving.options, _nameless(record, serving)
     setup = setup_without_examples(method_of(record), recipe, serving.training, options, data, record.engine)
-    return replace(setup, played=_played(setup.algorithm, setup.layout, options))
+    undefended = replace(options, defences=Defences(clip=0, max_count=0))
+    return replace(setup, played=played_method(setup.algorithm, setup.layout, undefended))
 
 
 def _nameless(record: RunRecord, serving: Serving) -> FederatedData:
     """The run's clients without their examples."""
     data = without_examples(record.client_names, record.class_names, serving.form)
     return replace(data, groups=record.groups)
-
-
-def _played(algorithm: Algorithm[Any], layout: Any, options: RunOptions) -> Algorithm[Any]:
-    """The method as `experiment.simulation.played_method` has it, but for its defences: no replies come any more."""
-    return keeping(in_space(algorithm, travelling(layout, options.keep), options.merging), layout, options.keep)
 
 
 def _tensors(path: Path, folder: Path) -> dict[str, Tensor]:

@@ -9,7 +9,6 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from fedmerge.core import completing
 from fedmerge.core.ensemble import Personal, members, with_members
@@ -171,7 +170,7 @@ def run_round(
     """
     meeting = cohort if isinstance(cohort, Meeting) else everyone(cohort)
     down = algorithm.send(state, meeting.cohort)
-    bytes_down = sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(down))
+    bytes_down = tree_bytes(down)
     clients = meeting.trained.tolist()
     places = torch.searchsorted(meeting.cohort, meeting.trained).tolist()
     trained = engine.map(

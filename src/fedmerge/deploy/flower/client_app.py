@@ -10,9 +10,9 @@ from flwr.clientapp import ClientApp
 
 from fedmerge.core.errors import FedmergeError
 from fedmerge.core.text import brief
-from fedmerge.deploy.client import accepted, answer_to
+from fedmerge.deploy.client import answer_to
 from fedmerge.deploy.flower.wire import Refused, failure_records, letter_from, records_of
-from fedmerge.deploy.messages import Letter, order_from
+from fedmerge.deploy.messages import Letter
 from fedmerge.deploy.private_state import BusyError
 from fedmerge.deploy.site import SiteConfig, read_site
 from fedmerge.deploy.telling import tellable, told_to_server
@@ -60,11 +60,7 @@ def _answered(message: Message, context: Context) -> Letter:
         letter = letter_from(message.content)
         if isinstance(letter, Refused):
             raise FedmergeError("a message of the server says that it is a failure")
-        order = order_from(letter.text)
-    site = _site_of(context)
-    with tellable(site.folder):
-        accepted(order, site)
-    return answer_to(letter, site)
+    return answer_to(letter, _site_of(context))
 
 
 def _site_of(context: Context) -> SiteConfig:
