@@ -343,6 +343,36 @@ def _hangs(room: Room) -> Found:
 
 
 @case(
+    "a site hangs once",
+    "reading its examples takes a site for ever in round 2, and no time again afterwards",
+    "rounds go on without it; its program ends itself after twice the deadline, and the site takes part again; the "
+    "bits of a run in which it is silent in those rounds",
+    900.0,
+)
+def _hangs_once(room: Room) -> Found:
+    options: dict[str, Any] = {"deploy": {"deadline": room.deadline}, "rounds": 9}
+    federation = room.build("hangs-once", pause=PAUSE, **options)
+    with room.world(federation) as world:
+        pause_site(world.site("site-5"), 0.0)
+        world.up()
+        until(lambda: world.site_status("site-5").answered == "round 1", 300, "its answer of round 1", look=0.02)
+        pause_site(world.site("site-5"), 1e6)
+        world.wait_for_work("site-5", "round 2")
+        pause_site(world.site("site-5"), 0.0)
+        world.finished(ENOUGH)
+        lost = [line.round for line in world.record().rounds if line.dropped == (4,)]
+        wanted = room.silent("hangs-once", lambda name, _, number: name == "site-5" and number in lost, **options)
+        faults = [] if lost and lost == [*range(2, 2 + len(lost))] and lost[-1] < 9 else [f"left out of {lost}"]
+        said = line_with(world.log_of("site-5"), "nobody waits any longer")
+        if not said:
+            faults.append("its log does not say that the program was ended")
+        if "site-5" not in world.delivered():
+            faults.append("the site got no model")
+        unequal = differences(ended(federation), wanted, LAST)
+        return Found(f"finished; site-5 left out of rounds {lost[0]} to {lost[-1]} of 9", unequal, said, faults)
+
+
+@case(
     "a site sends NaN",
     "a number of a site's answer of round 2 is NaN",
     "refused as `values`; the others' average is that of a run in which it is silent in that round",
@@ -377,7 +407,9 @@ def _twice(room: Room) -> Found:
         world.finished(ENOUGH)
         logs = [path.read_text(encoding="utf-8", errors="replace") for path in (world.folder / "sites").rglob("*.log")]
         again = line_with("\n".join(logs), "sent a second time")
-        second = line_with((copy / "logs" / "supernode.log").read_text(encoding="utf-8"), "could not be activated")
+        second = line_with(
+            (copy / "logs" / "supernode.log").read_text(encoding="utf-8"), "Failed to activate SuperNode"
+        )
         found = whole(world, room.undisturbed("fedmerge"), said=f"{again}; {second}")
         faults = [text for text, is_there in (("no answer was sent twice", again), ("no second node", second))
                   if not is_there]  # fmt: skip
@@ -426,7 +458,7 @@ def _two_runs(room: Room) -> Found:
         by_hand = world.end("hand", 240)
         world.finished(ENOUGH)
         world.finished(60, "second")
-        refused = line_with(world.output("hand"), "is in use by process")
+        refused = line_with(world.output("hand"), "in use by process")
         faults = [] if refused else [f"by hand (status {by_hand}): {world.output('hand')[-300:]}"]
         if "Site" not in world.output("second"):
             faults.append("the second run did not end with the first's scores")

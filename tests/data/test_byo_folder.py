@@ -83,6 +83,11 @@ BAD_CSV = {
     "two of a name": ("height,height,label\n1,2,cat\n", "two columns are called 'height'"),
     "other columns": ("height,depth,label\n1,2,cat\n", r"has not the columns of .*bad|has not the columns of .*north"),
     "only labels": ("label\ncat\n", "has only its label column"),
+    "semicolons": (
+        "height;width;label\n1,5;2;cat\n",
+        r"bad.csv: its columns are separated by ';'; expected commas, and",
+    ),
+    "tabs": ("height\twidth\tlabel\n1\t2\tcat\n", r"its columns are separated by '\\t'; expected commas"),
     "open quote": (HEADER + '1,"2,cat\n', "bad.csv cannot be read .*; expected a CSV file"),
     "not text": (b"\xff\xfe\x00\x01", "bad.csv cannot be read .*; expected a CSV file in UTF-8"),
     "single row": (

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fedmerge.core.errors import UsageError
 from fedmerge.deploy import units
-from fedmerge.deploy.blueprint import Blueprint, write_blueprint
+from fedmerge.deploy.blueprint import Blueprint, write_blueprint, write_derived
 from fedmerge.deploy.federation import read_federation
 from fedmerge.deploy.identity import describe, line_of_key_file
 from fedmerge.deploy.members import add_site, make_site_key, remove_site, renew_certificate, write_site_unit
@@ -474,3 +474,25 @@ def test_a_forgotten_site_has_no_key_no_service_and_keeps_its_place(folder):
     assert read_roster(place).forgotten == ("forgotten-1",)
     with pytest.raises(UsageError, match="forgotten-2"):
         add_site(place, "forgotten-2")
+
+
+def test_a_folder_that_was_moved_is_named_anew_and_what_was_changed_in_its_units_stays(folder, written):
+    unit = folder / "systemd/fedmerge-run.service"
+    unit.write_text(unit.read_text().replace("[Unit]", f"# was {written}-old\n[Unit]"))
+    assert write_derived(read_roster(folder)) == written
+    app = tomllib.loads((folder / "app/pyproject.toml").read_text())
+    assert app["tool"]["flwr"]["app"]["config"]["folder"] == str(folder)
+    assert str(folder / "ca.crt") in (folder / "flower/config.toml").read_text()
+    texts = [path.read_text() for path in (*folder.glob("systemd/*"), folder / "nginx.conf", folder / "compose.yaml")]
+    assert len(texts) == 5
+    assert all(str(folder) in text for text in texts)
+    assert [line for text in texts for line in text.splitlines() if str(written) in line] == [f"# was {written}-old"]
+    assert write_derived(read_roster(folder)) is None
+
+
+def test_flower_hears_of_another_address(folder):
+    write_derived(read_roster(folder))
+    path = folder / "federation.toml"
+    path.write_text(path.read_text().replace('listen = "127.0.0.1:9093"', 'listen = "127.0.0.1:9555"'))
+    assert write_derived(read_roster(folder)) is None
+    assert "127.0.0.1:9555" in (folder / "flower/config.toml").read_text()

@@ -19,7 +19,8 @@ from small_deployment import HereLink, SlowClock, write_federation
 from fedmerge.core.errors import FedmergeError, UsageError
 from fedmerge.data import Examples
 from fedmerge.deploy.forget import forget_site
-from fedmerge.deploy.offer import Offer, join, make_offer, read_offer
+from fedmerge.deploy.joining import join
+from fedmerge.deploy.offer import Offer, make_offer, read_offer
 from fedmerge.deploy.server import serve
 from fedmerge.deploy.site import SiteConfig, read_site
 from fedmerge.deploy.site_data import site_client

@@ -12,8 +12,9 @@ import pytest
 from small_deployment import HereLink, SlowClock, write_federation
 
 from fedmerge.core.errors import FedmergeError
-from fedmerge.deploy import operate
+from fedmerge.deploy import commands, operate
 from fedmerge.deploy.commands import RunEnd
+from fedmerge.deploy.news import NewLines
 from fedmerge.deploy.server import serve
 
 
@@ -165,3 +166,50 @@ def test_no_part_runs_on_when_the_terminal_is_closed(tmp_path, monkeypatch):
     assert list((federation.folder / operate.LOGS).glob("*.pid")) == []
     time.sleep(0.3)
     assert len(submitted) == 1
+
+
+NODE = """import sys, time
+print("Flower's own line")
+print("fedmerge: round 1: trained")
+sys.stdout.flush()
+time.sleep(600)
+"""
+
+
+def test_the_people_of_a_site_hear_its_news_and_no_more(tmp_path, monkeypatch):
+    write_federation(tmp_path / "f")
+    place, told = tmp_path / "f/sites/clinic-a", []
+    (place / "logs").mkdir()
+    (place / "logs/supernode.log").write_text("fedmerge: of an earlier day\n")
+    monkeypatch.setattr(operate.processes, "supernode_command", lambda *_: [sys.executable, "-c", NODE])
+
+    def tell(line):
+        told.append(line)
+        if len(told) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    operate.start_site(place, tell)
+    assert told[0].startswith("site clinic-a runs")
+    assert told[1:] == ["round 1: trained"]
+
+
+def test_new_lines_are_whole_and_survive_a_log_that_begins_anew(tmp_path):
+    path = tmp_path / "log"
+    new = NewLines(path)
+    assert new.take() == []
+    path.write_text("one\ntw")
+    assert new.take() == ["one"]
+    with path.open("a") as file:
+        file.write("o\nthree\n")
+    assert new.take() == ["two", "three"]
+    path.write_text("anew\n")
+    assert new.take() == ["anew"]
+    assert new.take() == []
+
+
+def test_the_run_that_came_first_is_the_one_that_is_followed(tmp_path, monkeypatch):
+    write_federation(tmp_path / "f")
+    runs = [{"run-id": "3", "status": "running"}, {"run-id": "2", "status": "running"}]
+    runs.append({"run-id": "1", "status": "finished:failed"})
+    monkeypatch.setattr(commands, "_ask", lambda *_: {"runs": runs})
+    assert commands.open_run(tmp_path / "f") == "2"

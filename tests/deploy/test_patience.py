@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -14,7 +16,7 @@ from fedmerge.core.errors import FedmergeError, UsageError
 from fedmerge.deploy.client import answer_to, ready_site
 from fedmerge.deploy.federation import read_federation
 from fedmerge.deploy.link import Contact, Failure
-from fedmerge.deploy.messages import Letter, answer_from
+from fedmerge.deploy.messages import Letter, Order, answer_from, order_from, text_of
 from fedmerge.deploy.private_state import BusyError, PrivateState, site_held
 from fedmerge.deploy.server import serve
 from fedmerge.deploy.site import read_site
@@ -301,3 +303,65 @@ def test_sums_that_cannot_be_are_turned_away_and_the_site_is_named(tmp_path):
     run(federation, clock, tamper=Spoiling("clinic-b", lambda letter: said(letter, **odd), kind="hello", number=1))
     assert 60 <= clock.time < 100  # it was asked again, and told the right ones
     assert any("clinic-b" in text for text in read_status(federation.run_folder).strangers)
+
+
+def test_a_site_with_other_programs_is_told_in_the_status(tmp_path):
+    federation = write_federation(tmp_path / "f")
+
+    def older(name, kind, letter):
+        if name != "clinic-b":
+            return letter
+        answer = json.loads(letter.text)
+        answer["versions"]["fedmerge"] = "0.0.9\nand a line"
+        return letter._replace(text=json.dumps(answer))
+
+    run(federation, tamper=older)
+    told = {name: site.told for name, site in read_status(federation.run_folder).sites.items()}
+    assert told["clinic-b"].startswith("it has fedmerge '0.0.9\\nand a line' instead of")
+    assert told["clinic-a"] == told["clinic-c"] == ""
+
+
+def test_people_at_a_site_are_told_what_it_did(tmp_path, caplog):
+    federation = write_federation(tmp_path / "f")
+    caplog.set_level("INFO", "fedmerge.deploy.client")
+    run(federation)
+    news = [record.getMessage() for record in caplog.records if record.name == "fedmerge.deploy.client"]
+    assert sum("the server knows this site, which has" in line for line in news) == 3
+    assert sum(line.startswith("round 2: trained; the model that came has accuracy 0.") for line in news) == 3
+    assert sum(line.startswith("round 4: scored without training; the model") for line in news) == 3
+    assert sum("this site's own model, of round" in line for line in news) == 3
+
+
+HANGING = """import logging, sys, time
+from fedmerge.deploy.time_limit import time_limit
+logging.basicConfig(format="%(message)s")
+with time_limit(float(sys.argv[1])):
+    time.sleep(float(sys.argv[2]))
+print("went on")
+"""
+
+
+@pytest.mark.parametrize(("limit", "works", "ends"), [(0.5, 60, True), (60, 0.01, False), (0, 0.01, False)])
+def test_a_program_that_hangs_ends_itself_and_says_so(limit, works, ends):
+    command = [sys.executable, "-c", HANGING, str(limit), str(works)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=50, check=False)
+    assert done.returncode == ends
+    assert done.stdout == ("" if ends else "went on\n")
+    assert ("has worked for 0 s and nobody waits any longer: it is ended" in done.stderr) == ends
+
+
+def test_sites_are_told_how_long_anybody_waits(tmp_path):
+    federation = write_federation(tmp_path / "f")
+    link, told = HereLink(federation), []
+    push = link.push
+
+    def noted(contact, kind, letter, **more):
+        told.append((kind, order_from(letter.text).seconds))
+        return push(contact, kind, letter, **more)
+
+    link.push = noted
+    serve(federation, link, clock=SlowClock().clock())
+    assert {kind for kind, _ in told} == {"hello", "round", "final"}
+    assert {seconds for _, seconds in told} == {2 * federation.deploy.deadline}
+    with pytest.raises(FedmergeError, match="seconds: got -1"):
+        order_from(text_of(Order("hello", "r", 0, 0, "a", {}, seconds=-1.0)))

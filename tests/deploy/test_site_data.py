@@ -4,6 +4,7 @@ import json
 import logging
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -687,6 +688,16 @@ def test_numbers_in_other_units_are_doubted(tmp_path):
     assert (found.name, found.ok) == ("units", False)
     assert found.detail.startswith("the mean of 'height' is -2")
     assert "is it in other units here?" in found.detail
+
+
+def test_what_numbers_stand_for_is_told_where_classes_have_names(tmp_path):
+    (tmp_path / "a.csv").write_text(CSV.replace("cat", "1").replace("dog", "0"))
+    found = check_site_data(at_path(tmp_path / "a.csv"), SCHEMA, 0)
+    assert [finding.name for finding in found][:3] == ["data", "classes", "labels"]
+    assert found[2].ok
+    assert "numbers, taken as places in class_names: 0 = 'cat', 1 = 'dog'; write the names" in found[2].detail
+    numbered = replace(SCHEMA, class_names=("0", "1"))
+    assert "labels" not in [finding.name for finding in check_site_data(at_path(tmp_path / "a.csv"), numbered, 0)]
 
 
 def test_one_class_alone_is_worth_a_word(tmp_path):

@@ -176,6 +176,23 @@ def test_rows_of_another_form_are_refused(site: Path, tmp_path: Path) -> None:
         model.predict(tmp_path / "odd.npz")
     with pytest.raises(UsageError, match="no such file"):
         model.predict(tmp_path / "nowhere.csv")
+    (tmp_path / "semicolons.csv").write_text("c0;c1;c2;c3;c4;c5\n1,5;2;3;4;5;6\n")
+    with pytest.raises(DataError, match="columns are separated by ';'"):
+        model.predict(tmp_path / "semicolons.csv")
+
+
+def test_rows_in_other_units_are_told(trained: Trained, caplog: pytest.LogCaptureFixture) -> None:
+    scale = {"mean": [0.0] * 6, "std": [1.0] * 6}
+    site, _ = trained(data={"class_names": ["0", "1", "2"], "shape": [6], **scale})
+    rows, model = np.load(site / "data.npz")["x"], read_site_model(site)
+    caplog.clear()
+    model.predict(rows)
+    assert not caplog.records
+    rows[:, 4] += 1000
+    model.predict(rows)
+    (record,) = caplog.records
+    assert record.getMessage().startswith("the mean of feature 4 is +")
+    assert "in other units than those that the model learned from?" in record.getMessage()
 
 
 def test_the_model_is_exported_as_a_client_of_a_run_is(site: Path, tmp_path: Path) -> None:

@@ -13,10 +13,12 @@ from fedmerge.core.vector import layout_of
 from fedmerge.data import ClientData, FederatedData
 from fedmerge.data.federated import Examples
 from fedmerge.experiment import choice as choices
+from fedmerge.experiment import fastest as measuring
 from fedmerge.experiment import simulation
-from fedmerge.experiment.choice import Choice, Workload, choose_engine, fastest_engine
+from fedmerge.experiment.choice import Choice, choose_engine
 from fedmerge.experiment.config import build_config
 from fedmerge.experiment.execute import execute_config
+from fedmerge.experiment.fastest import Workload, fastest_engine
 from fedmerge.experiment.record import read_run_alone
 from fedmerge.experiment.resume import resume_run
 from fedmerge.models import NETWORKS
@@ -77,7 +79,7 @@ class Scaled(nn.Module):
     ids=["perceptron", "scaled", "convolutions", "batch norm", "dropout"],
 )
 def test_short_runs_follow_the_rule_and_measure_nothing(module, kind, name, monkeypatch, tmp_path):
-    monkeypatch.setattr(choices, "_milliseconds", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(measuring, "_milliseconds", lambda *_: pytest.fail("measured"))
     engine, choice = fastest(module, SHORT)
     assert type(engine) is kind
     assert choice == Choice(name, None, "the rule for networks like this")
@@ -94,7 +96,7 @@ def test_a_long_run_takes_the_fastest_and_remembers_it(monkeypatch, tmp_path, ca
         asked.append(most)
         return times[most]
 
-    monkeypatch.setattr(choices, "_milliseconds", milliseconds)
+    monkeypatch.setattr(measuring, "_milliseconds", milliseconds)
     module = network("cnn")
     engine, choice = fastest(module, LONG)
     assert isinstance(engine, Folded)
@@ -135,7 +137,7 @@ def test_compiled_kernels_are_taken_where_they_are_fastest(monkeypatch, times, t
     def milliseconds(engine, *_):
         return times[engine._most if isinstance(engine, Folded) else 0, has_kernels(engine)]
 
-    monkeypatch.setattr(choices, "_milliseconds", milliseconds)
+    monkeypatch.setattr(measuring, "_milliseconds", milliseconds)
     engine, choice = fastest(network("cnn"), LONG, kernels="auto")
     assert replace(choice, why="") == taken
     assert has_kernels(engine) == taken.kernels
@@ -163,7 +165,7 @@ def test_compiled_kernels_that_cannot_be_there_are_refused(monkeypatch):
 
 @pytest.mark.parametrize("two", [8.8, 20.0])
 def test_a_gain_of_a_few_percent_is_none(monkeypatch, two):
-    monkeypatch.setattr(choices, "_milliseconds", lambda engine, *_: two if isinstance(engine, Folded) else 9.0)
+    monkeypatch.setattr(measuring, "_milliseconds", lambda engine, *_: two if isinstance(engine, Folded) else 9.0)
     assert fastest(network("cnn"), LONG)[1].runtime == "sequential"
 
 
@@ -182,7 +184,7 @@ def test_a_gain_of_a_few_percent_is_none(monkeypatch, two):
     ],
 )
 def test_a_damaged_memory_is_measured_again(monkeypatch, tmp_path, content):
-    monkeypatch.setattr(choices, "_milliseconds", lambda engine, *_: 1.0 if isinstance(engine, Folded) else 9.0)
+    monkeypatch.setattr(measuring, "_milliseconds", lambda engine, *_: 1.0 if isinstance(engine, Folded) else 9.0)
     module = network("cnn")
     _, choice = fastest(module, LONG)
     (path,) = (tmp_path / "cache" / "engines").iterdir()

@@ -325,7 +325,7 @@ def offer(options: argparse.Namespace) -> None:
 
 def join(options: argparse.Namespace) -> None:
     """Makes the model and says how good it is."""
-    from fedmerge.deploy.offer import join as joined  # noqa: PLC0415
+    from fedmerge.deploy.joining import join as joined  # noqa: PLC0415
     from fedmerge.deploy.site import read_site  # noqa: PLC0415
 
     found = joined(Path(options.offer), read_site(options.folder), way=options.way)

@@ -103,6 +103,7 @@ def read_csv(path: Path, label_column: str, text_column: str | None = None) -> T
     if len(rows) < 2:
         raise DataError(f"{path} has no rows below its header; expected a header and one row per item")
     header = [name.strip() for name in rows[0][1]]
+    refuse_other_separator(str(path), header)
     if text_column is not None:
         return {"train": _csv_texts(path, header, rows[1:], label_column, text_column)}
     label = _label_index(str(path), header, label_column)
@@ -143,6 +144,23 @@ def _column_index(origin: str, header: Sequence[str], name: str) -> int:
     if name not in header:
         raise DataError(f"{origin}: {unknown_name('column', name, header)}")
     return header.index(name)
+
+
+def refuse_other_separator(origin: str, header: Sequence[str]) -> None:
+    """Refuses a header that is one name only because its columns are not separated by commas.
+
+    Args:
+        origin: Begins the message.
+        header: As it was read.
+
+    Raises:
+        DataError: naming the separator.
+    """
+    other = next((mark for mark in (";", "\t", "|") if len(header) == 1 and mark in header[0]), None)
+    if other is not None:
+        raise DataError(
+            f"{origin}: its columns are separated by {other!r}; expected commas, and points in numbers (1.5, not 1,5)"
+        )
 
 
 def _label_index(origin: str, header: Sequence[str], label_column: str) -> int:

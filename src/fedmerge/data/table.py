@@ -222,6 +222,11 @@ def _texts(labels: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
     return [part.astype(np.str_) for part in labels if len(part)]
 
 
+def are_numbers(labels: NDArray[Any]) -> bool:
+    """Whether labels are numbers, or texts that are all numbers."""
+    return _as_numbers([labels]) is not None
+
+
 def _as_numbers(labels: Sequence[NDArray[Any]]) -> list[NDArray[Any]] | None:
     try:
         return [part.astype(np.float64) for part in labels]

@@ -7,6 +7,7 @@ import pwd
 import shutil
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import tomli_w
 
 from fedmerge._version import __version__
-from fedmerge.core.errors import UsageError, together
+from fedmerge.core.errors import FedmergeError, UsageError, together
 from fedmerge.core.files import make_folder, write_atomically
 from fedmerge.core.options import build_options, check_options, option
 from fedmerge.core.text import brief
@@ -30,6 +31,7 @@ from fedmerge.deploy.roster import (
     read_roster,
     write_federation,
 )
+from fedmerge.experiment.config import read_toml
 
 CONNECTION = "federation"
 """How Flower's own configuration calls the connection to the SuperLink."""
@@ -101,10 +103,40 @@ def write_blueprint(folder: Path | str, blueprint: Blueprint) -> Roster:
     for name in blueprint.sites:
         write_site_file(place / "sites" / name, name, blueprint.address, blueprint.site_data.get(name))
     roster = read_roster(place)
-    write_atomically(place / FLOWER_HOME / "config.toml", _flower_text(roster))
-    write_atomically(place / APP / "pyproject.toml", app_text(place))
+    write_derived(roster)
     _write_starters(roster)
     return roster
+
+
+def write_derived(roster: Roster) -> Path | None:
+    """Writes what Flower reads anew where it is not as the federation is now; the folder it was in before it was moved.
+
+    The address may have been changed, fedmerge may be newer, or the folder may have been moved. Then units and proxy
+    name the new path too; where copies of them were installed, they have to be installed again.
+
+    Raises:
+        UsageError: if the path cannot be used.
+        OSError: if a file cannot be written.
+    """
+    folder = units.check_path(roster.folder)
+    app, flower = folder / APP / "pyproject.toml", folder / FLOWER_HOME / "config.toml"
+    before = _folder_named_in(app)
+    moved = before if before not in (None, folder) else None
+    if moved is not None:
+        for path in [*(folder / "systemd").glob("*.service"), folder / "nginx.conf", folder / "compose.yaml"]:
+            if path.is_file():
+                write_atomically(path, units.at_other_place(path.read_text(encoding="utf-8"), moved, folder))
+    for path, text in ((flower, _flower_text(roster)), (app, app_text(folder))):  # the app names the folder: it is last
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            make_folder(path.parent)
+            write_atomically(path, text)
+    return moved
+
+
+def _folder_named_in(app: Path) -> Path | None:
+    with suppress(OSError, FedmergeError, KeyError, TypeError):  # none yet, or not ours
+        return Path(read_toml(app)["tool"]["flwr"]["app"]["config"]["folder"])
+    return None
 
 
 def _address_faults(blueprint: Blueprint) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -27,6 +28,7 @@ from fedmerge.deploy.site import SiteConfig
 from fedmerge.deploy.site_data import raw_client, site_client
 from fedmerge.deploy.site_model import write_site_model
 from fedmerge.deploy.telling import tellable, told_versions
+from fedmerge.deploy.time_limit import time_limit
 from fedmerge.deploy.trees import tree_from
 from fedmerge.experiment.choice import objective_of
 from fedmerge.experiment.config import read_toml
@@ -38,6 +40,8 @@ from fedmerge.runtime.place import Place, device_of
 from fedmerge.runtime.rounds import ClientRound, models_received
 from fedmerge.training import LocalTraining, Planned, one_pass, rate_of_round
 from fedmerge.training.scores import tally
+
+log = logging.getLogger(__name__)
 
 WAIT = 120.0
 """Seconds that a site waits for an earlier process of its own to end."""
@@ -82,12 +86,13 @@ class Site:
         return first_fleet(self.played, start, 1, self.layout.num_trainable, options.buffers)
 
 
-def answer_to(letter: Letter, config: SiteConfig) -> Letter:
+def answer_to(letter: Letter, config: SiteConfig, *, alone: bool = False) -> Letter:
     """The site's answer to a message.
 
     Args:
         letter: As it came.
         config: The site's own.
+        alone: Whether this process does nothing else, so that it may end itself if nobody waits for it any more.
 
     Raises:
         FedmergeError: if the message is damaged, is meant for another site, asks for other terms than those agreed on,
@@ -98,14 +103,28 @@ def answer_to(letter: Letter, config: SiteConfig) -> Letter:
         order = order_from(letter.text)
         terms = accepted(order, config)
     tensors: Mapping[str, Tensor] = {}
-    with one_thread():
+    with time_limit(order.seconds if alone else 0.0), one_thread():
         if order.kind == "hello":
             answer = _introduction(order, config, terms)
         else:
             with site_held(config.state_folder, WAIT):
                 answer, tensors = _work(order, ready_site(config, terms), letter.tensors)
     answer = replace(answer, seconds=time.perf_counter() - began, versions=told_versions())
+    log.info("%s", _news(order, answer))
     return Letter(text_of(answer), tensors)
+
+
+def _news(order: Order, answer: Answer) -> str:
+    """What people at the site may want to know of an answer."""
+    if order.kind == "hello":
+        counts = f"{answer.num_train:,} train, {answer.num_validation:,} validation, {answer.num_test:,} test examples"
+        return f"the server knows this site, which has {counts}"
+    splits = (("validation", answer.validation.accuracy), ("test", answer.test.accuracy))
+    scores = " and ".join(f"{accuracy:.4f} on {split}" for split, accuracy in splits if accuracy is not None)
+    if order.kind == "final":
+        return f"this site's own model, of round {order.round}, is here; its accuracy: {scores or 'not known'}"
+    scored = f"; the model that came has accuracy {scores}" if scores else ""
+    return f"round {order.round}: {'trained' if order.train else 'scored without training'}{scored}"
 
 
 def accepted(order: Order, config: SiteConfig) -> Terms:

@@ -197,11 +197,13 @@ def submit(folder: Path | str, *, tell: Callable[[str], None] = lambda _: None) 
 def open_run(folder: Path | str) -> str | None:
     """Number of the run that waits or is under way; None if there is none.
 
+    Of several the one that came first: it has the run's folder, and those after it are refused.
+
     Raises:
         FedmergeError: if the SuperLink does not answer.
     """
-    runs = _ask(read_roster(folder), "list")["runs"]
-    return next((str(run["run-id"]) for run in runs if run["status"] in _OPEN), None)
+    newest_first = _ask(read_roster(folder), "list")["runs"]
+    return next((str(run["run-id"]) for run in reversed(newest_first) if run["status"] in _OPEN), None)
 
 
 def stop_run(folder: Path | str, run: str) -> None:

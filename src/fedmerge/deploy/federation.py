@@ -66,6 +66,11 @@ class DeployOptions:
     def __post_init__(self) -> None:
         check_options(self)
 
+    @property
+    def limit(self) -> float:
+        """Seconds after which a site's program that still works on one message ends itself: it hangs."""
+        return 2 * self.deadline
+
 
 @dataclass(frozen=True)
 class Terms:

@@ -47,8 +47,18 @@ def hand_over(plan: Plan, deployment: Deployment, post: Post, record: RunRecord,
 
     def letter(i: int) -> Letter:
         tree, base = box.of(i), since[i]
-        form = tuple(form_of(tree))
-        order = Order("final", deployment.run, number, i, names[i], terms, base=base, keep=(base,), form=form)
+        order = Order(
+            "final",
+            deployment.run,
+            number,
+            i,
+            names[i],
+            terms,
+            base=base,
+            keep=(base,),
+            form=tuple(form_of(tree)),
+            seconds=plan.federation.deploy.limit,
+        )
         return lettered(order, tree)
 
     def take(name: str, letter: Letter) -> Taken:

@@ -55,6 +55,7 @@ class Order:
         base: Round after which the site kept the private state that it goes on from; 0 for none yet.
         keep: Rounds whose private state the server may still ask for; others can go.
         form: Of the received tree, see `trees.form_of`.
+        seconds: After which nobody waits for the answer; 0 for no limit.
     """
 
     kind: Kind
@@ -69,6 +70,7 @@ class Order:
     base: int = 0
     keep: tuple[int, ...] = ()
     form: tuple[Any, ...] = ()
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,10 @@ def order_from(text: str) -> Order:
     Raises:
         FedmergeError: naming every value that does not fit.
     """
-    return _message_from(Order, text, "order")
+    order = _message_from(Order, text, "order")
+    if not 0 <= order.seconds <= MOST_NUMBER:
+        raise FedmergeError(f"order: seconds: got {order.seconds}; expected a number, 0..{MOST_NUMBER:,}")
+    return order
 
 
 def answer_from(text: str) -> Answer:

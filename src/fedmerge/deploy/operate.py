@@ -10,13 +10,15 @@ from contextlib import suppress
 from pathlib import Path
 
 from fedmerge.core.errors import FedmergeError, UsageError
+from fedmerge.core.text import printable
 from fedmerge.deploy import processes
 from fedmerge.deploy.address import free_port, host_and_port
-from fedmerge.deploy.blueprint import FLOWER_HOME, SITE_FILE
+from fedmerge.deploy.blueprint import FLOWER_HOME, SITE_FILE, write_derived
 from fedmerge.deploy.commands import FlowerCommandError, RunEnd, open_run, register_sites, stop_run, submit
 from fedmerge.deploy.deployment import FILE as DEPLOYMENT
 from fedmerge.deploy.deployment import read_deployment
 from fedmerge.deploy.federation import FederationConfig, read_federation
+from fedmerge.deploy.news import NEWS, NewLines
 from fedmerge.deploy.roster import Roster, read_roster
 from fedmerge.experiment.record import RunRecord, read_run, read_run_alone
 
@@ -50,6 +52,7 @@ def _start_link(running: processes.Processes, roster: Roster, tell: Teller) -> N
         FedmergeError: if it does not answer.
     """
     place, log = roster.folder, roster.folder / LOGS / "superlink.log"
+    settle(roster, tell)
     command = processes.superlink_command(place)
     _refuse_taken(roster.link)
     tell(f"starting the SuperLink; what it says: {log}")
@@ -58,6 +61,16 @@ def _start_link(running: processes.Processes, roster: Roster, tell: Teller) -> N
         raise FedmergeError(f"the SuperLink does not start; it says why in {log}")
     if not roster.deploy.insecure:
         register_sites(place)
+
+
+def settle(roster: Roster, tell: Teller) -> None:
+    """Brings what Flower reads up to the folder as it is now; tells if that was moved."""
+    before = write_derived(roster)
+    if before is not None:
+        tell(
+            f"this folder was {before} before; its units, nginx.conf and compose.yaml name {roster.folder} now: copies "
+            "of them that were installed must be installed again"
+        )
 
 
 def _refuse_taken(link: str) -> None:
@@ -81,14 +94,26 @@ def start_site(folder: Path | str, tell: Teller) -> None:
     """
     place = Path(folder).absolute()
     with processes.Processes(place / LOGS) as running, processes.stop_signals() as stop:
+        path = place / LOGS / "supernode.log"
+        new = NewLines(path)
         _start_node(running, place)
-        tell(f"site {place.name} runs; end it with Ctrl-C or SIGTERM. What it says: {place}/{LOGS}/supernode.log")
-        running.watch(stop.is_set, tell=lambda line: tell(_of_site(line)))
+        tell(f"site {place.name} runs; end it with Ctrl-C or SIGTERM. Everything that it says: {path}")
+
+        def is_over() -> bool:
+            for line in new.take():
+                if line.startswith(NEWS):
+                    tell(printable(line.removeprefix(NEWS)))
+            return stop.is_set()
+
+        running.watch(is_over, tell=lambda line: tell(_of_site(line)))
 
 
 def _of_site(line: str) -> str:
     """What happened to a site's program; the likeliest reason, where it ended."""
-    why = "the server is not there yet, or does not know the site's key, or has not noticed that the site was away"
+    why = (
+        "the server is not there yet, does not know the site's key, has not noticed that the site was away, or has a "
+        "second program with the same key; the log says which"
+    )
     return f"{line}: {why}" if " ended with status " in line else line
 
 
@@ -175,6 +200,7 @@ def _submitted(federation: FederationConfig, tell: Teller) -> RunEnd | str:
         link = read_roster(federation.folder).link
         return f"no SuperLink answers at {link}; start it with `fedmerge deploy start server`"
     try:
+        settle(read_roster(federation.folder), tell)
         if not federation.deploy.insecure:
             register_sites(federation.folder)
         return submit(federation.folder, tell=lambda line: _pass_on(line, tell))

@@ -13,6 +13,7 @@ from fedmerge.deploy.federation import DeployOptions
 from fedmerge.deploy.link import Contact, Failure, Link
 from fedmerge.deploy.messages import Answer, Letter, answer_from
 from fedmerge.deploy.status import Board
+from fedmerge.deploy.telling import note_of
 
 log = logging.getLogger(__name__)
 
@@ -166,7 +167,13 @@ class Roll:
         else:
             self._claims[contact.address] = answer.site
             self.reports[answer.site] = answer
-            self.board.told(answer.site, answer.note)
+            self._hear_note(answer)
+
+    def _hear_note(self, answer: Answer) -> None:
+        note = note_of(answer.note, answer.versions)
+        if note:
+            log.warning("site %s: %s", answer.site, said(note))
+            self.board.told(answer.site, note)
 
     def _refuse(self, contact: Contact, why: str) -> None:
         self._refused[contact[:2]] = self.clock.now() + REFUSED

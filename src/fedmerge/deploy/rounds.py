@@ -143,6 +143,7 @@ def _ask(
             base=since[i],
             keep=(since[i], selected[i]),
             form=tuple(form_of(tree)),
+            seconds=office.plan.federation.deploy.limit,
         )
         return lettered(order, tree)
 

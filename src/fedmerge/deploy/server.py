@@ -152,8 +152,8 @@ def _post(federation: FederationConfig, deployment: Deployment, link: Link, cloc
 
 def _hello(federation: FederationConfig, deployment: Deployment) -> Callable[[str], Letter]:
     """Makes the letter that asks a site who it is."""
-    terms = federation.terms.plain()
-    return lambda name: Letter(text_of(Order("hello", deployment.run, 0, 0, name, terms)), {})
+    terms, limit = federation.terms.plain(), federation.deploy.limit
+    return lambda name: Letter(text_of(Order("hello", deployment.run, 0, 0, name, terms, seconds=limit)), {})
 
 
 def _doubt(federation: FederationConfig) -> Doubt:

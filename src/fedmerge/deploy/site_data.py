@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from fedmerge.data.own_texts import learned_from
 from fedmerge.data.partition import SPLITS, Split
 from fedmerge.data.readers import Tables
 from fedmerge.data.sides import side_shares
-from fedmerge.data.table import Table
+from fedmerge.data.table import Table, are_numbers
 from fedmerge.deploy.reach import Finding
 from fedmerge.deploy.schema import DataSchema
 
@@ -49,7 +49,7 @@ def site_client(site: SiteConfig, schema: DataSchema, *, seed: int, encoder: Enc
         DataError: naming the file and row that are wrong.
     """
     form = schema.form
-    cut = _cut_rows(site, schema, seed, encoder)
+    cut = _cut_rows(site, schema, seed, encoder, site_tables(site, schema))
     return _client(site.name, cut, form.scaled)
 
 
@@ -66,7 +66,8 @@ def raw_client(site: SiteConfig, schema: DataSchema, *, seed: int, encoder: Enco
         UsageError: as `site_client`.
         DataError: as `site_client`.
     """
-    return _client(site.name, _cut_rows(site, schema, seed, encoder), torch.from_numpy)
+    cut = _cut_rows(site, schema, seed, encoder, site_tables(site, schema))
+    return _client(site.name, cut, torch.from_numpy)
 
 
 def _client(name: str, cut: Rows, made: Callable[[NDArray[Any]], torch.Tensor]) -> ClientData:
@@ -74,10 +75,9 @@ def _client(name: str, cut: Rows, made: Callable[[NDArray[Any]], torch.Tensor]) 
     return ClientData(name, examples["train"], examples["validation"], examples["test"])
 
 
-def _cut_rows(site: SiteConfig, schema: DataSchema, seed: int, encoder: Encoder | None) -> Rows:
+def _cut_rows(site: SiteConfig, schema: DataSchema, seed: int, encoder: Encoder | None, given: Tables) -> Rows:
     """Checked rows of all splits, before they are scaled."""
     shares = side_shares(schema.validation, schema.test, "the federation's data")
-    given = site_tables(site, schema)
     if not len(given["train"].labels):
         raise DataError(f"{given['train'].origin} has no rows; expected one to train on at least")
     tables = [fitted(table, schema) for table in given.values()]
@@ -261,14 +261,17 @@ def check_site_data(site: SiteConfig, schema: DataSchema, seed: int, encoder: En
         encoder: Of the language model that is to read texts.
     """
     try:
-        raw = raw_client(site, schema, seed=seed, encoder=encoder)
+        given = site_tables(site, schema)
+        cut = _cut_rows(site, schema, seed, encoder, given)
     except FedmergeError as error:
         return [Finding("data", ok=False, detail=str(error))]
+    raw = _client(site.name, cut, torch.from_numpy)
     counts = ", ".join(f"{len(getattr(raw, split).targets):,} {split}" for split in SPLITS)
     place = f"{getattr(site.data, site.data.place)}"
     found = [Finding("data", ok=True, detail=f"{shortened(place)}: {counts} examples of the federation's form")]
     if schema.kind == "classes":
         found.append(_class_finding(raw, schema))
+        found += _label_findings(given["train"], schema.class_names)
     if schema.dtype != TOKENS and schema.mean is not None:
         found.append(_unit_finding(raw, schema.form))
     return found
@@ -283,13 +286,49 @@ def _class_finding(raw: ClientData, schema: DataSchema) -> Finding:
     return Finding("classes", ok=True, detail=detail)
 
 
+def _label_findings(table: Table, names: tuple[str, ...]) -> list[Finding]:
+    """Numbers where classes have names: what they are taken for is said, as 0 and 1 often mean the reverse."""
+    are_places = are_numbers(table.labels) and not {*table.labels.astype(np.str_).tolist()} <= {*names}
+    if are_places and names != tuple(map(str, range(len(names)))):
+        meant = ", ".join(f"{number} = {name!r}" for number, name in enumerate(names))
+        detail = (
+            f"numbers, taken as places in class_names: {shortened(meant, 300)}; write the names if they mean others"
+        )
+        return [Finding("labels", ok=True, detail=detail)]
+    return []
+
+
 def _unit_finding(raw: ClientData, form: InputForm) -> Finding:
     """Whether the site's numbers are in the federation's units, as far as their means tell."""
-    scaled = form.scaled(raw.train.inputs.numpy()).double()
-    means = scaled.mean(dim=(0, 2, 3) if scaled.dim() == 4 else 0).flatten()
+    doubt = doubt_of_units(form.scaled(raw.train.inputs.numpy()), form)
+    if doubt.is_far:
+        return Finding(
+            "units", ok=False, detail=f"{doubt.text}: is it in other units here? Convert it as the others do"
+        )
+    return Finding("units", ok=True, detail=f"{doubt.text}, the farthest of all")
+
+
+class UnitDoubt(NamedTuple):
+    """How far the numbers of some rows lie from the federation's.
+
+    Attributes:
+        is_far: Whether another unit is likelier than another site.
+        text: Which feature or channel is the farthest off, and how far.
+    """
+
+    is_far: bool
+    text: str
+
+
+def doubt_of_units(scaled: torch.Tensor, form: InputForm) -> UnitDoubt:
+    """Compares means with the federation's.
+
+    Args:
+        scaled: [n, ...] inputs in standard deviations from the federation's mean.
+        form: Of the inputs.
+    """
+    means = scaled.double().mean(dim=(0, 2, 3) if scaled.dim() == 4 else 0).flatten()
     worst = int(means.abs().argmax())
     name = repr(form.columns[worst]) if form.columns else f"{'channel' if scaled.dim() == 4 else 'feature'} {worst}"
-    far = f"the mean of {name} is {float(means[worst]):+.1f} standard deviations from the federation's"
-    if not float(means.abs()[worst]) <= FAR:
-        return Finding("units", ok=False, detail=f"{far}: is it in other units here? Convert it as the others have it")
-    return Finding("units", ok=True, detail=f"{far}, the farthest of {len(means)}")
+    text = f"the mean of {name} is {float(means[worst]):+.1f} standard deviations from the federation's"
+    return UnitDoubt(not float(means.abs()[worst]) <= FAR, text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,11 +22,11 @@ from fedmerge.data.form import TOKENS
 from fedmerge.data.npz import read_arrays
 from fedmerge.data.own_files import tables_of_path
 from fedmerge.data.own_texts import learned_from
-from fedmerge.data.readers import frame_table, frame_texts
+from fedmerge.data.readers import frame_table, frame_texts, refuse_other_separator
 from fedmerge.data.table import Table, make_table, text_table
 from fedmerge.deploy.federation import Terms, terms_of
 from fedmerge.deploy.replacing import put_back
-from fedmerge.deploy.site_data import by_name, fitted, owned
+from fedmerge.deploy.site_data import by_name, doubt_of_units, fitted, owned
 from fedmerge.deploy.site_model import FOLDER, NOTE, ModelNote, client_of_note, read_note
 from fedmerge.deploy.trees import tree_from
 from fedmerge.experiment.federation import encoder_of, make_module
@@ -36,6 +37,8 @@ from fedmerge.exporting.ensembles import DRAWN, TENSORS, drawn_factors, member_p
 from fedmerge.models._adapted import Adapted
 from fedmerge.training import one_pass
 from fedmerge.training.scores import tally
+
+log = logging.getLogger(__name__)
 
 _AT_ONCE = 512
 """Rows in one forward pass."""
@@ -111,6 +114,7 @@ class SiteModel:
                 f"this model learned {kind}, not one class for each row; export it as 'peft' and load that"
             )
         examples = self._examples(self._unlabelled(data))
+        self._warn_of_units(examples)
         with one_thread(), torch.no_grad():
             parts = [self._outputs(piece) for piece in torch.split(examples.inputs, _AT_ONCE)]
         outputs = torch.cat(parts) if parts else torch.empty(0, len(self.class_names))
@@ -155,6 +159,14 @@ class SiteModel:
         if kind is not None and kind not in own:
             raise UsageError(unknown_name("kind", kind, own))
         return export_client(self.client, Path(out), kind)
+
+    def _warn_of_units(self, examples: Examples) -> None:
+        schema = self.terms.schema
+        if schema.dtype == TOKENS or schema.mean is None or not len(examples.inputs):
+            return
+        doubt = doubt_of_units(examples.inputs, schema.form)
+        if doubt.is_far:
+            log.warning("%s: are the rows in other units than those that the model learned from?", doubt.text)
 
     def _outputs(self, inputs: Tensor) -> Tensor:
         return outputs_of(self.client.personal, inputs, lambda vector, rows: self.client.module_of(vector)(rows))
@@ -226,6 +238,7 @@ def _of_frame(path: Path, label_column: str, text_column: str | None) -> Table:
             frame = pd.read_parquet(path, engine="pyarrow")
     except (ValueError, OSError, ImportError) as error:
         raise DataError(f"{path} cannot be read ({error}); expected a table with a header") from error
+    refuse_other_separator(str(path), [str(name) for name in frame.columns])
     frame = frame.drop(columns=label_column, errors="ignore")
     frame[label_column] = 0
     if text_column is not None:

@@ -7,12 +7,13 @@ the site's own log. The server gets a fixed sentence, which says where to look.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from fedmerge.core.errors import DataError, FedmergeError, UsageError
+from fedmerge.core.text import brief, printable
 from fedmerge.deploy.private_state import BusyError
 from fedmerge.experiment.store import versions
 
@@ -65,6 +66,28 @@ def told_to_server(error: Exception) -> str:
         why = name if error.errno is None else os.strerror(error.errno)
         return f"the site cannot read or write something ({why}); {_LOOK}"
     return f"the site's program failed unexpectedly ({name}); {_LOOK}"
+
+
+def note_of(note: str, told: Mapping[str, Any]) -> str:
+    """What the server shows of an answer beside its numbers: the site's note, or else that its programs are others.
+
+    Args:
+        note: That came with the answer.
+        told: The site's versions, as `told_versions` gives them; may be anything.
+    """
+    own = told_versions()
+    others = {
+        name: told[name] for name in ("fedmerge", "torch") if name in told and _base(told[name]) != _base(own[name])
+    }
+    if note or not others:
+        return note
+    listed = ", ".join(f"{name} {printable(brief(found))} instead of {own[name]}" for name, found in others.items())
+    return f"it has {listed}; results need not have the bits of a simulation, and messages may not be understood"
+
+
+def _base(version: Any) -> str:
+    """A version without what it was built for: on a processor 2.8.0+cu128 does what 2.8.0+cpu does."""
+    return str(version).partition("+")[0]
 
 
 def told_versions() -> dict[str, Any]:

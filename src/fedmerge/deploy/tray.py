@@ -10,6 +10,7 @@ from fedmerge.core.protocol import tree_bytes
 from fedmerge.core.replies import Expected, Reason, Refusal, Reply, fault_of
 from fedmerge.deploy.messages import Answer, Letter, Score, answer_from
 from fedmerge.deploy.status import Board
+from fedmerge.deploy.telling import note_of
 from fedmerge.experiment.record import Scores
 from fedmerge.runtime.spool import Spool
 
@@ -67,7 +68,7 @@ class Tray:
         if refusal is None:
             self.reports[name] = answer
             self.scores[client] = (answer.validation, answer.test)
-            self.board.told(name, answer.note)
+            self.board.told(name, note_of(answer.note, answer.versions))
         return refusal
 
     def _update_refusal(self, client: int, answer: Answer, letter: Letter) -> Refusal | None:

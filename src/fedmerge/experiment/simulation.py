@@ -26,8 +26,9 @@ from fedmerge.core.text import printable
 from fedmerge.core.vector import Layout, layout_of
 from fedmerge.data import FederatedData
 from fedmerge.experiment.attacks import attackers, tampered
-from fedmerge.experiment.choice import Choice, Workload, fastest_engine, objective_of
+from fedmerge.experiment.choice import Choice, objective_of
 from fedmerge.experiment.config import RunOptions
+from fedmerge.experiment.fastest import Workload, fastest_engine
 from fedmerge.experiment.federation import (
     channels_last,
     drawer,

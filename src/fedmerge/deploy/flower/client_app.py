@@ -1,4 +1,7 @@
-"""The ClientApp of a site. Every message starts a fresh process, so that this module imports no more than it needs."""
+"""The ClientApp of a site. Every message starts a fresh process, so that this module imports no more than it needs.
+
+What the site's own people should know is logged in lines that begin with `NEWS`, among all that Flower logs.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,15 @@ from fedmerge.core.text import brief
 from fedmerge.deploy.client import answer_to
 from fedmerge.deploy.flower.wire import Refused, failure_records, letter_from, records_of
 from fedmerge.deploy.messages import Letter
+from fedmerge.deploy.news import NEWS
 from fedmerge.deploy.private_state import BusyError
 from fedmerge.deploy.site import SiteConfig, read_site
 from fedmerge.deploy.telling import tellable, told_to_server
 
 log = logging.getLogger(__name__)
 app = ClientApp()
+_SITE = "site"
+"""In a node's configuration: the site's folder. Its messages have processes of their own; a simulation's share some."""
 
 
 @app.query()
@@ -41,6 +47,8 @@ def take_model(message: Message, context: Context) -> Message:
 
 def _answer(message: Message, context: Context) -> Message:
     """The site's answer, or that it has none. No error leaves this function: Flower would send its whole text."""
+    if _SITE in context.node_config:
+        _speak()
     try:
         return Message(records_of(_answered(message, context)), reply_to=message)
     except (FedmergeError, OSError) as error:
@@ -49,6 +57,16 @@ def _answer(message: Message, context: Context) -> Message:
     except Exception as error:  # whatever the site's own data or function bring about
         log.exception("the site's program failed")
         return _refusal(error, message)
+
+
+def _speak() -> None:
+    """From now on what this package logs goes to the site's log, marked as news."""
+    own = logging.getLogger("fedmerge")
+    if not own.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter(f"{NEWS}%(message)s"))
+        own.addHandler(handler)
+        own.setLevel(logging.INFO)
 
 
 def _refusal(error: Exception, message: Message) -> Message:
@@ -60,7 +78,7 @@ def _answered(message: Message, context: Context) -> Letter:
         letter = letter_from(message.content)
         if isinstance(letter, Refused):
             raise FedmergeError("a message of the server says that it is a failure")
-    return answer_to(letter, _site_of(context))
+    return answer_to(letter, _site_of(context), alone=_SITE in context.node_config)
 
 
 def _site_of(context: Context) -> SiteConfig:
@@ -70,8 +88,8 @@ def _site_of(context: Context) -> SiteConfig:
         FedmergeError: if it names none.
     """
     given = context.node_config
-    if "site" in given:
-        return read_site(Path(str(given["site"])))
+    if _SITE in given:
+        return read_site(Path(str(given[_SITE])))
     folder = Path(str(context.run_config.get("folder", "")))
     sites = sorted(path.parent for path in folder.glob("sites/*/site.toml"))
     place = given.get("partition-id")

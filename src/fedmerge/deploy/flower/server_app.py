@@ -18,7 +18,12 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Runs the federation whose folder the run configuration names."""
+    """Runs the federation whose folder the run configuration names.
+
+    Raises:
+        FedmergeError: why it does not. Flower takes an exception for the end of a run at once, and sends the log first;
+            of a process that only exits (SystemExit) it learns after a minute, and what was logged is lost.
+    """
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     folder = str(context.run_config.get("folder", ""))
@@ -26,8 +31,8 @@ def main(grid: Grid, context: Context) -> None:
         federation = read_federation(folder)
         serve(federation, GridLink(grid, keys_of(federation)))
     except FedmergeError as error:
-        logging.getLogger(__name__).error("%s", error)  # noqa: TRY400 - the user's to mend, no traceback
-        raise SystemExit(1) from error
+        logging.getLogger(__name__).error("%s", error)  # noqa: TRY400 - one line of its own, for `fedmerge deploy run`
+        raise
 
 
 def keys_of(federation: FederationConfig) -> dict[bytes, str]:
