@@ -12,6 +12,7 @@ from fedmerge.cli import markdown_of
 
 KINDS = (
     *("methods", "sources", "partitions", "models", "run", "training", "folder"),
+    *("participation", "defences", "attack"),
     *("deploy", "schema", "site", "site-data"),
 )
 FOLDER = Path(__file__).parent / "reference"

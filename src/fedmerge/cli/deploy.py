@@ -110,6 +110,8 @@ def _next_steps(folder: Path, sites: Sequence[str], *, demo: bool) -> None:
         return
     say(f"next        copy each folder of {folder}/sites to its machine, say in its site.toml where the data is, then")
     say("            at each site   fedmerge deploy check SITE; fedmerge deploy start site SITE")
+    if (folder / "nginx.conf").is_file():
+        say(f"            on the server  nginx -c {folder.absolute()}/nginx.conf   (or the container of compose.yaml)")
     say(f"            on the server  fedmerge deploy start server {folder}; fedmerge deploy run {folder}")
 
 
