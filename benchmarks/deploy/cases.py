@@ -363,7 +363,7 @@ def _hangs_once(room: Room) -> Found:
         lost = [line.round for line in world.record().rounds if line.dropped == (4,)]
         wanted = room.silent("hangs-once", lambda name, _, number: name == "site-5" and number in lost, **options)
         faults = [] if lost and lost == [*range(2, 2 + len(lost))] and lost[-1] < 9 else [f"left out of {lost}"]
-        said = line_with(world.log_of("site-5"), "nobody waits any longer")
+        said = line_with(world.log_of("site-5"), "is taken to hang")
         if not said:
             faults.append("its log does not say that the program was ended")
         if "site-5" not in world.delivered():

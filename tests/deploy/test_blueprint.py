@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 
 from fedmerge.core.errors import UsageError
 from fedmerge.deploy import units
-from fedmerge.deploy.blueprint import Blueprint, write_blueprint, write_derived
+from fedmerge.deploy.blueprint import Blueprint, own_program, user_of, write_blueprint, write_derived
 from fedmerge.deploy.federation import read_federation
 from fedmerge.deploy.identity import describe, line_of_key_file
 from fedmerge.deploy.members import add_site, make_site_key, remove_site, renew_certificate, write_site_unit
 from fedmerge.deploy.roster import _text_with_sites, read_roster
+from fedmerge.experiment.record import RunRecord, write_run
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -296,15 +297,37 @@ def test_a_site_is_taken_out_and_its_folder_kept(folder):
     assert remove_site(folder, "clinic-a") == folder / "removed" / "clinic-a.1"
 
 
-def test_no_site_is_taken_out_of_a_run_that_has_begun(folder):
+def begin(folder, *names):
+    """A run of these sites that has just begun."""
     (folder / "run").mkdir()
-    (folder / "run" / "run.json").write_text("{}")
+    zeros = (0,) * len(names)
+    counts = {"groups": None, "num_train": zeros, "num_validation": zeros, "num_test": zeros}
+    run = {"label": "fedmerge", "method": "fedmerge", "options": {}, "seed": 0, "status": "running", "versions": {}}
+    facts = {"class_names": ("sick", "well"), "num_params": 8, "setting": "", "data_sha256": "0" * 64}
+    write_run(folder / "run", RunRecord(client_names=names, **counts, **run, **facts))
+
+
+def test_no_site_is_taken_out_of_a_run_that_has_begun(folder):
+    begin(folder, "clinic-a", "clinic-b")
     before = files(folder)
     with pytest.raises(UsageError, match=r"run has begun with 'clinic-a'.*fedmerge deploy forget"):
         remove_site(folder, "clinic-a")
     assert [name for name in files(folder) if not name.endswith(".lock")] == before
     (folder / "run" / "run.json").unlink()
     remove_site(folder, "clinic-a")
+
+
+def test_no_site_is_added_to_a_run_that_has_begun_and_one_that_was_can_be_taken_out(folder):
+    begin(folder, "clinic-a", "clinic-b")
+    before = files(folder)
+    with pytest.raises(UsageError, match=r"has begun without 'clinic-c'.*fedmerge deploy offer"):
+        add_site(folder, "clinic-c")
+    assert files(folder) == before
+    moved = (folder / "run").rename(folder.parent / "elsewhere")
+    add_site(folder, "clinic-c")
+    moved.rename(folder / "run")
+    remove_site(folder, "clinic-c")
+    assert set(read_roster(folder).sites) == {"clinic-a", "clinic-b"}
 
 
 def test_comments_in_the_configuration_stay(folder):
@@ -476,18 +499,28 @@ def test_a_forgotten_site_has_no_key_no_service_and_keeps_its_place(folder):
         add_site(place, "forgotten-2")
 
 
-def test_a_folder_that_was_moved_is_named_anew_and_what_was_changed_in_its_units_stays(folder, written):
+def test_a_folder_that_was_moved_is_named_anew_but_in_what_somebody_has_changed(folder, written):
     unit = folder / "systemd/fedmerge-run.service"
-    unit.write_text(unit.read_text().replace("[Unit]", f"# was {written}-old\n[Unit]"))
-    assert write_derived(read_roster(folder)) == written
+    unit.write_text(unit.read_text() + "# ours\n")
+    own = unit.read_text()
+    assert write_derived(read_roster(folder)) == (written, ("systemd/fedmerge-run.service",))
+    assert unit.read_text() == own
+    unit.write_text("")
     app = tomllib.loads((folder / "app/pyproject.toml").read_text())
     assert app["tool"]["flwr"]["app"]["config"]["folder"] == str(folder)
     assert str(folder / "ca.crt") in (folder / "flower/config.toml").read_text()
     texts = [path.read_text() for path in (*folder.glob("systemd/*"), folder / "nginx.conf", folder / "compose.yaml")]
-    assert len(texts) == 5
-    assert all(str(folder) in text for text in texts)
-    assert [line for text in texts for line in text.splitlines() if str(written) in line] == [f"# was {written}-old"]
+    assert sorted(str(folder) in text for text in texts) == [False, True, True, True, True]
+    assert not any(str(written) in text for text in texts)
     assert write_derived(read_roster(folder)) is None
+
+
+@pytest.mark.parametrize("name", ["a b", "50% off", "plain"])
+def test_units_of_a_moved_folder_are_those_of_a_folder_that_was_made_there(folder, name):
+    place = folder.rename(folder.parent / name)
+    write_derived(read_roster(place))
+    fresh = units.run_unit(place, own_program(), user_of(os.getuid()))
+    assert (place / "systemd/fedmerge-run.service").read_text() == fresh
 
 
 def test_flower_hears_of_another_address(folder):

@@ -91,3 +91,14 @@ def test_what_the_grid_raises_reaches_who_asks(link):
     grid.error = ConnectionError("the SuperLink is gone")
     with pytest.raises(ConnectionError, match="the SuperLink is gone"):
         made.pull(["ticket-2"])
+
+
+def test_a_reply_that_took_long_is_kept_for_who_asks_next(link, monkeypatch):
+    made, grid, tickets = link
+    monkeypatch.setattr(grid_link, "_FORGOTTEN", 0.5)
+    made.pull(tickets)
+    time.sleep(0.6)
+    grid.whole.set()
+    made._looks["ticket-1"].join()
+    made.pull([])  # somebody asks for others meanwhile
+    assert [ticket for ticket, _ in made.pull(["ticket-1"])] == ["ticket-1"]

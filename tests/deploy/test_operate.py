@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import signal
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from small_deployment import HereLink, SlowClock, write_federation
 
-from fedmerge.core.errors import FedmergeError
+from fedmerge.core.errors import FedmergeError, UsageError
 from fedmerge.deploy import commands, operate
+from fedmerge.deploy.blueprint import Blueprint, write_blueprint
 from fedmerge.deploy.commands import RunEnd
-from fedmerge.deploy.news import NewLines
+from fedmerge.deploy.deployment import new_deployment, write_deployment
+from fedmerge.deploy.news import NewLines, NewsFormatter
+from fedmerge.deploy.roster import read_roster
 from fedmerge.deploy.server import serve
 
 
@@ -213,3 +221,108 @@ def test_the_run_that_came_first_is_the_one_that_is_followed(tmp_path, monkeypat
     runs.append({"run-id": "1", "status": "finished:failed"})
     monkeypatch.setattr(commands, "_ask", lambda *_: {"runs": runs})
     assert commands.open_run(tmp_path / "f") == "2"
+
+
+def test_what_somebody_must_mend_and_what_may_go_on_later_end_differently(tmp_path, monkeypatch):
+    federation = write_federation(tmp_path / "f")
+
+    def stopping(mend):
+        def submit(*_):
+            write_deployment(federation.run_folder, replace(known, run=f"run-{mend}", stopped="why", mend=mend))
+            return RunEnd("1", "finished:failed", "")
+
+        return submit
+
+    known = new_deployment(federation.terms.digest)
+    federation.run_folder.mkdir()
+    for mend, error in ((True, UsageError), (False, FedmergeError)):
+        monkeypatch.setattr(operate, "_submitted", stopping(mend))
+        with pytest.raises(FedmergeError, match="why") as caught:
+            run(tmp_path / "f")
+        assert type(caught.value) is error
+
+
+def test_a_run_of_other_terms_is_not_even_submitted(tmp_path, monkeypatch):
+    federation = write_federation(tmp_path / "f")
+    submitting = Submitting(monkeypatch, {})
+    federation.run_folder.mkdir()
+    write_deployment(federation.run_folder, new_deployment("0" * 64))
+    with pytest.raises(UsageError, match="was run under other terms"):
+        run(tmp_path / "f")
+    assert submitting.made == 0
+
+
+def test_whoever_ends_a_run_whose_superlink_is_gone_is_heard(tmp_path, monkeypatch):
+    write_federation(tmp_path / "f")
+
+    def gone(*_, **__):
+        raise commands.FlowerCommandError("flwr list failed: connection refused")
+
+    def interrupted(*_, **__):
+        monkeypatch.setattr(commands, "_ask", gone)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "_ask", lambda *_, **__: {"runs": []})
+    monkeypatch.setattr(commands, "_follow", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        commands.submit(tmp_path / "f")
+
+
+def test_a_superlink_whose_keeper_was_killed_is_ended_before_its_port_is_looked_at(tmp_path, monkeypatch):
+    write_federation(tmp_path / "f")
+    order = []
+
+    class Kept(operate.processes.Processes):
+        def clear(self, name):
+            order.append(f"clear {name}")
+            super().clear(name)
+
+    def taken(_):
+        order.append("port")
+        raise UsageError("taken")
+
+    monkeypatch.setattr(operate, "_refuse_taken", taken)
+    monkeypatch.setattr(operate.processes, "superlink_command", lambda *_: [sys.executable])
+    with Kept(tmp_path / "logs") as kept, pytest.raises(UsageError, match="taken"):
+        operate._start_link(kept, read_roster(tmp_path / "f"), print)
+    assert order == ["clear superlink", "port"]
+
+
+def test_every_line_of_a_message_is_news_and_no_line_of_a_traceback():
+    try:
+        int("odd")
+    except ValueError:
+        fault = sys.exc_info()
+    record = logging.LogRecord("fedmerge", logging.ERROR, "here", 1, "%s", ("one\ntwo",), fault)
+    lines = NewsFormatter().format(record).splitlines()
+    assert lines[:2] == ["fedmerge: one", "fedmerge: two"]
+    assert len(lines) > 3
+    assert not any(line.startswith("fedmerge: ") for line in lines[2:])
+
+
+def test_sites_are_registered_by_one_at_a_time(tmp_path, monkeypatch):
+    """The start of the server and a run may both do it; each key must be known under its own number."""
+    names = ("clinic-a", "clinic-b", "clinic-c")
+    folder = tmp_path / "f"
+    plan = {"rounds": 1, "method": {"name": "fedavg"}}
+    data = {"class_names": ["0", "1"], "shape": [2]}
+    write_blueprint(folder, Blueprint("f", "127.0.0.1:9092", sites=names, config=plan, data=data))
+    numbers, lock = {}, threading.Lock()
+
+    def ask(roster, *words, more=()):
+        time.sleep(0.02)
+        with lock:
+            if words[1] == "list":
+                return {"nodes": [{"node-id": number, "status": "registered"} for number in numbers.values()]}
+            time.sleep(0.02)
+            line = Path(words[2]).read_text().strip()
+            if line in numbers:
+                raise commands.FlowerCommandError(f"flwr failed: {commands._IN_USE}")
+            numbers[line] = str(len(numbers) + 1)
+            return {"node-id": numbers[line]}
+
+    monkeypatch.setattr(commands, "_ask", ask)
+    with ThreadPoolExecutor(2) as pool:
+        found = [each.result() for each in [pool.submit(commands.register_sites, folder) for _ in range(2)]]
+    assert sorted(len(each.added) for each in found) == [0, 3]
+    assert json.loads((folder / "flower/nodes.json").read_text()) == numbers

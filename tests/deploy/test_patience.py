@@ -14,14 +14,16 @@ from test_server import Spoiling, interrupt, run, said, same, states, with_nan
 
 from fedmerge.core.errors import FedmergeError, UsageError
 from fedmerge.deploy.client import answer_to, ready_site
-from fedmerge.deploy.federation import read_federation
+from fedmerge.deploy.deployment import read_deployment
+from fedmerge.deploy.federation import DeployOptions, read_federation
 from fedmerge.deploy.link import Contact, Failure
 from fedmerge.deploy.messages import Letter, Order, answer_from, order_from, text_of
 from fedmerge.deploy.private_state import BusyError, PrivateState, site_held
 from fedmerge.deploy.server import serve
 from fedmerge.deploy.site import read_site
 from fedmerge.deploy.status import read_status
-from fedmerge.experiment.record import RoundRecord, Scores, read_run, select
+from fedmerge.experiment.record import RoundRecord, Scores, read_run, read_run_alone, select
+from fedmerge.runtime.rounds import DivergedError
 
 QUICK = {"insecure": True, "deadline": 5000.0, "patience": 90000.0, "absent": 300.0, "poll": 5.0}
 
@@ -347,7 +349,8 @@ def test_a_program_that_hangs_ends_itself_and_says_so(limit, works, ends):
     done = subprocess.run(command, capture_output=True, text=True, timeout=50, check=False)
     assert done.returncode == ends
     assert done.stdout == ("" if ends else "went on\n")
-    assert ("has worked for 0 s and nobody waits any longer: it is ended" in done.stderr) == ends
+    assert ("is taken to hang: it is ended" in done.stderr) == ends
+    assert ("in <module>" in done.stderr) == ends, "where it hung"
 
 
 def test_sites_are_told_how_long_anybody_waits(tmp_path):
@@ -362,6 +365,91 @@ def test_sites_are_told_how_long_anybody_waits(tmp_path):
     link.push = noted
     serve(federation, link, clock=SlowClock().clock())
     assert {kind for kind, _ in told} == {"hello", "round", "final"}
-    assert {seconds for _, seconds in told} == {2 * federation.deploy.deadline}
+    assert {seconds for kind, seconds in told if kind != "hello"} == {2 * federation.deploy.deadline}
+    assert {seconds for kind, seconds in told if kind == "hello"} == {6 * 3600.0}
     with pytest.raises(FedmergeError, match="seconds: got -1"):
         order_from(text_of(Order("hello", "r", 0, 0, "a", {}, seconds=-1.0)))
+
+
+def test_a_run_of_known_keys_that_was_killed_in_its_first_round_begins_anew(tmp_path):
+    """The server knew all counts already, and waited for sites to say them that it did not ask."""
+    federation = write_federation(tmp_path / "f", deploy=QUICK)
+    clock = SlowClock()
+    with pytest.raises(KeyboardInterrupt):
+        serve(federation, HereLink(federation, named=True, tamper=Spoiling("clinic-b", interrupt, number=1)))
+    assert read_run_alone(federation.run_folder).num_train[0] > 0
+    serve(federation, HereLink(federation, named=True), clock=clock.clock())
+    assert read_run(federation.run_folder).status == "finished"
+    assert clock.time < 100
+
+
+def test_the_last_scores_are_waited_for_when_nobody_is_there(tmp_path):
+    """Else the round that is selected would be one from before the network was cut."""
+    federation = write_federation(tmp_path / "f", deploy=QUICK)
+    undisturbed = write_federation(tmp_path / "g", deploy=QUICK)
+    run(undisturbed)
+    clock = SlowClock()
+
+    class Cut(HereLink):
+        """A network that is cut for 3,000 seconds after round 3."""
+
+        trained = 0
+
+        def push(self, contact, kind, letter, **more):
+            order = order_from(letter.text)
+            if self.trained == 3 and clock.time < 3000:
+                self.absent = set(federation.names)
+                return None
+            self.trained += order.train and order.round == 3
+            return super().push(contact, kind, letter, **more)
+
+        def contacts(self):
+            self.absent = self.absent if clock.time < 3000 else set()
+            return super().contacts()
+
+    serve(federation, Cut(federation), clock=clock.clock())
+    found, wanted = read_run(federation.run_folder), read_run(undisturbed.run_folder)
+    assert 3000 <= clock.time < 3100
+    assert found.selected().round == wanted.selected().round
+    assert found.selected().test == wanted.selected().test
+
+
+def test_a_site_that_is_asked_again_gets_twice_as_long():
+    options = DeployOptions(deadline=100.0, patience=1000.0)
+    assert [options.limit(failures) for failures in range(5)] == [200.0, 400.0, 800.0, 1000.0, 1000.0]
+    assert DeployOptions(deadline=100.0, patience=1.0).limit(7) == 200.0
+    assert DeployOptions(deadline=1e15).limit(10**6) == 1e9
+
+
+def test_a_site_slower_than_the_limit_ends_its_round_when_it_is_asked_again(tmp_path):
+    federation = write_federation(tmp_path / "f", deploy={**QUICK, "deadline": 100.0})
+    told = []
+
+    class Slow(HereLink):
+        """Sites whose programs need 300 seconds, and end themselves after their limit."""
+
+        def push(self, contact, kind, letter, **more):
+            ticket = super().push(contact, kind, letter, **more)
+            seconds = order_from(letter.text).seconds
+            if kind == "round":
+                told.append(seconds)
+                if seconds < 300:
+                    self._waiting[ticket] = Failure("ClientApp stopped responding", lost=False)
+            return ticket
+
+    serve(federation, Slow(federation), clock=SlowClock().clock())
+    assert read_run(federation.run_folder).status == "finished"
+    assert sorted(set(told)) == [200.0, 400.0]
+
+
+def test_most_sites_that_diverge_stop_the_run_for_somebody_to_mend_it(tmp_path):
+    federation = write_federation(tmp_path / "f")
+
+    def diverged(name, kind, letter):
+        return with_nan(letter) if kind == "round" and name != "clinic-a" and letter.tensors else letter
+
+    with pytest.raises(DivergedError, match="their training diverged"):
+        run(federation, tamper=diverged)
+    found = read_deployment(federation.run_folder)
+    assert found.mend
+    assert "diverged" in found.stopped

@@ -1,5 +1,6 @@
 """Programs are started, kept, and stopped with all that they started, and nothing else is touched."""
 
+import errno
 import json
 import os
 import signal
@@ -510,3 +511,34 @@ def test_a_site_makes_its_own_key(tmp_path):
     pytest.importorskip("cryptography")
     line = make_site_key(tmp_path / "site")
     assert (tmp_path / "site" / "node.pub").read_text() == line + "\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no handles of processes")
+@pytest.mark.parametrize("how", ["missing", "refused"])
+def test_stop_works_where_processes_have_no_handles(kept, tmp_path, monkeypatch, how):
+    pid = start(kept, "one", SLEEPER, tmp_path)
+
+    def refuse(_):
+        raise OSError(errno.ENOSYS, "not implemented")
+
+    if how == "missing":
+        monkeypatch.delattr(os, "pidfd_open")
+    else:
+        monkeypatch.setattr(os, "pidfd_open", refuse)
+    kept.stop()
+    assert not lives(pid)
+
+
+def test_what_cannot_be_started_again_for_the_moment_is_tried_later(kept, tmp_path):
+    commands = [python("raise SystemExit(3)")]
+
+    def command():
+        if not commands:
+            raise UsageError("node.key is gone")
+        return commands.pop()
+
+    kept.start("one", command, env=dict(os.environ), log=tmp_path / "one.log")
+    said = []
+    until(lambda: said.extend(kept.check()) or any("cannot be started" in line for line in said))
+    assert said[-1] == "one cannot be started: node.key is gone; again in 15 s"
+    assert kept.check() == []

@@ -14,7 +14,7 @@ import pytest
 
 from fedmerge.core.errors import UsageError
 from fedmerge.experiment.book import held, new_run_folder
-from fedmerge.experiment.lock import NAME, run_lock
+from fedmerge.experiment.lock import NAME, patient_lock, run_lock
 
 if sys.platform != "win32":
     import fcntl
@@ -192,3 +192,28 @@ def test_somebody_elses_process_is_alive(tmp_path: Path, monkeypatch: pytest.Mon
         assert "in use by process 4711;" in taken(tmp_path)
     finally:
         os.close(descriptor)
+
+
+def test_the_lock_of_a_folder_that_took_another_s_place_is_left_to_its_holder(tmp_path):
+    old, new = tmp_path / "run", tmp_path / "other"
+    old.mkdir()
+    new.mkdir()
+    with run_lock(old):
+        old.rename(tmp_path / "gone")
+        new.rename(old)
+        second = run_lock(old)
+        second.__enter__()
+    assert (old / ".lock").exists()
+    with pytest.raises(UsageError, match="in use by process"), run_lock(old):
+        pass
+    second.__exit__(None, None, None)
+
+
+def test_whoever_is_patient_gets_the_folder_when_it_is_free(tmp_path):
+    held = run_lock(tmp_path)
+    held.__enter__()
+    threading.Timer(0.4, held.__exit__, (None, None, None)).start()
+    with patient_lock(tmp_path, 20.0):
+        pass
+    with run_lock(tmp_path), pytest.raises(UsageError, match="in use by"), patient_lock(tmp_path, 0.3):
+        pass

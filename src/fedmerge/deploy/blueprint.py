@@ -8,9 +8,9 @@ import shutil
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import tomli_w
 
@@ -104,15 +104,33 @@ def write_blueprint(folder: Path | str, blueprint: Blueprint) -> Roster:
         write_site_file(place / "sites" / name, name, blueprint.address, blueprint.site_data.get(name))
     roster = read_roster(place)
     write_derived(roster)
-    _write_starters(roster)
+    for name in ("systemd", *(["proxy"] if roster.has_proxy else [])):
+        make_folder(place / name)
+    for name, text in _starters(roster).items():
+        write_atomically(place / name, text)
     return roster
 
 
-def write_derived(roster: Roster) -> Path | None:
-    """Writes what Flower reads anew where it is not as the federation is now; the folder it was in before it was moved.
+class Moved(NamedTuple):
+    """A federation's folder is at another place than it was.
 
-    The address may have been changed, fedmerge may be newer, or the folder may have been moved. Then units and proxy
-    name the new path too; where copies of them were installed, they have to be installed again.
+    Attributes:
+        before: Where it was.
+        changed: Files that name that place still, because somebody has changed them.
+    """
+
+    before: Path
+    changed: tuple[str, ...]
+
+
+def write_derived(roster: Roster) -> Moved | None:
+    """Writes what Flower reads anew where it is not as the federation is now.
+
+    The address may have been changed, fedmerge may be newer, or the folder may have been moved. Then units, proxy and
+    compose file are made anew, too, but for those that somebody has changed.
+
+    Returns:
+        What was found if the folder was moved; None otherwise.
 
     Raises:
         UsageError: if the path cannot be used.
@@ -121,16 +139,26 @@ def write_derived(roster: Roster) -> Path | None:
     folder = units.check_path(roster.folder)
     app, flower = folder / APP / "pyproject.toml", folder / FLOWER_HOME / "config.toml"
     before = _folder_named_in(app)
-    moved = before if before not in (None, folder) else None
-    if moved is not None:
-        for path in [*(folder / "systemd").glob("*.service"), folder / "nginx.conf", folder / "compose.yaml"]:
-            if path.is_file():
-                write_atomically(path, units.at_other_place(path.read_text(encoding="utf-8"), moved, folder))
+    moved = None if before is None or before == folder else Moved(before, _follow(roster, before))
     for path, text in ((flower, _flower_text(roster)), (app, app_text(folder))):  # the app names the folder: it is last
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
             make_folder(path.parent)
             write_atomically(path, text)
     return moved
+
+
+def _follow(roster: Roster, before: Path) -> tuple[str, ...]:
+    """Makes units, proxy and compose file anew for a folder that was moved; those that are not as they were made."""
+    old, changed = _starters(replace(roster, folder=before)), []
+    for name, text in _starters(roster).items():
+        path = roster.folder / name
+        if not path.is_file() or path.read_text(encoding="utf-8") == text:
+            continue
+        if path.read_text(encoding="utf-8") == old[name]:
+            write_atomically(path, text)
+        else:
+            changed.append(name)
+    return tuple(changed)
 
 
 def _folder_named_in(app: Path) -> Path | None:
@@ -238,24 +266,23 @@ def app_text(folder: Path) -> str:
     )
 
 
-def _write_starters(roster: Roster) -> None:
-    """Units of the server for systemd, and where there is a proxy its configuration and a compose file."""
+def _starters(roster: Roster) -> dict[str, str]:
+    """Units of the server for systemd, and where there is a proxy its configuration and a compose file, by file."""
     folder, program, user = roster.folder, own_program(), user_of(os.getuid())
     texts = {
-        "fedmerge-server.service": units.server_unit(folder, program, user),
-        "fedmerge-run.service": units.run_unit(folder, program, user),
+        "systemd/fedmerge-server.service": units.server_unit(folder, program, user),
+        "systemd/fedmerge-run.service": units.run_unit(folder, program, user),
     }
-    if roster.has_proxy:
-        address, nginx = roster.deploy.address, Path(shutil.which("nginx") or "/usr/sbin/nginx")
-        texts["fedmerge-proxy.service"] = units.proxy_unit(folder, nginx, user, port=host_and_port(address)[1])
-        make_folder(folder / "proxy")
-        largest = roster.deploy.largest_request
-        text = units.nginx_text(folder, address, roster.link, largest_request=largest)
-        write_atomically(folder / "nginx.conf", text)
-        write_atomically(folder / "compose.yaml", compose_of(roster))
-    make_folder(folder / "systemd")
-    for name, text in texts.items():
-        write_atomically(folder / "systemd" / name, text)
+    if not roster.has_proxy:
+        return texts
+    address, nginx = roster.deploy.address, Path(shutil.which("nginx") or "/usr/sbin/nginx")
+    largest, port = roster.deploy.largest_request, host_and_port(address)[1]
+    return {
+        **texts,
+        "systemd/fedmerge-proxy.service": units.proxy_unit(folder, nginx, user, port=port),
+        "nginx.conf": units.nginx_text(folder, address, roster.link, largest_request=largest),
+        "compose.yaml": compose_of(roster),
+    }
 
 
 def own_program() -> Path:

@@ -92,7 +92,7 @@ def answer_to(letter: Letter, config: SiteConfig, *, alone: bool = False) -> Let
     Args:
         letter: As it came.
         config: The site's own.
-        alone: Whether this process does nothing else, so that it may end itself if nobody waits for it any more.
+        alone: Whether this process does nothing else, so that it may end itself if it hangs.
 
     Raises:
         FedmergeError: if the message is damaged, is meant for another site, asks for other terms than those agreed on,

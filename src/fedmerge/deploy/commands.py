@@ -20,6 +20,7 @@ from fedmerge.deploy import identity
 from fedmerge.deploy.blueprint import APP, CONNECTION, FLOWER_HOME
 from fedmerge.deploy.processes import environment, program
 from fedmerge.deploy.roster import Roster, read_roster
+from fedmerge.experiment.lock import patient_lock
 
 _log = logging.getLogger(__name__)
 
@@ -68,6 +69,11 @@ def register_sites(folder: Path | str) -> Registered:
     roster = read_roster(folder)
     if roster.deploy.insecure:
         return Registered(kept=tuple(roster.sites))
+    with patient_lock(roster.folder / FLOWER_HOME, _REGISTERING_SECONDS):  # the server's start and a run may both do it
+        return _registered(roster)
+
+
+def _registered(roster: Roster) -> Registered:
     missing = [f"sites.{name}: no public key; make one with `fedmerge deploy key`" for name in roster.sites]
     missing = [line for line, key in zip(missing, roster.sites.values(), strict=True) if not key]
     if missing:
@@ -161,6 +167,8 @@ class RunEnd:
         return 0 if self.status == "finished:completed" else 1
 
 
+_REGISTERING_SECONDS = 3600.0
+"""That are waited for somebody else who registers sites: each takes Flower a second or two."""
 _FRAME = " \t\n╭╮╰╯│─"
 """What is drawn around Flower's own messages."""
 _LINES_KEPT = 20
@@ -187,9 +195,10 @@ def submit(folder: Path | str, *, tell: Callable[[str], None] = lambda _: None) 
         while not (end := _end_of(roster, run)).status.startswith("finished"):
             _follow(roster, ("log", run, CONNECTION, "--stream"), tell)  # the line to the SuperLink was cut
     except KeyboardInterrupt:
-        run = run or open_run(folder)
-        if run is not None:
-            stop_run(folder, run)
+        with suppress(FedmergeError):  # the SuperLink may be what is gone
+            run = run or open_run(folder)
+            if run is not None:
+                stop_run(folder, run)
         raise
     return end
 

@@ -10,7 +10,7 @@ import secrets
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from fedmerge.core.errors import FedmergeError, together
+from fedmerge.core.errors import FedmergeError, UsageError, together
 from fedmerge.core.files import write_atomically
 from fedmerge.core.options import build_options
 from fedmerge.core.strict_json import parse_json_table, read_bounded
@@ -29,7 +29,8 @@ class Deployment:
         delivered: Sites that have got their model of the selected round.
         mean: Subtracted from every site's inputs, where it was found from the sums of all sites; empty otherwise.
         std: Divided by, alike.
-        stopped: Why the run stopped, if running it again as it is would not help; empty otherwise.
+        stopped: Why the run stopped, if running it again at once would not help; empty otherwise.
+        mend: Whether it would not help later either, before somebody has changed something.
     """
 
     run: str
@@ -38,6 +39,7 @@ class Deployment:
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     stopped: str = ""
+    mend: bool = False
 
 
 def new_deployment(terms: str) -> Deployment:
@@ -67,6 +69,19 @@ def read_deployment(folder: Path) -> Deployment | None:
     if found is None:
         raise FedmergeError(f"{path} is damaged: {together(faults)}; the run cannot go on, make it again")
     return found
+
+
+def refuse_other_terms(deployment: Deployment, federation: FederationConfig) -> None:
+    """Refuses to go on with a run of other terms.
+
+    Raises:
+        UsageError: saying what to do.
+    """
+    if deployment.terms != federation.terms.digest:
+        raise UsageError(
+            f"{federation.run_folder} was run under other terms (method, network, training, options or form of the "
+            "data); put the old federation.toml back, or move the folder away for a new run"
+        )
 
 
 def scaled(federation: FederationConfig, deployment: Deployment) -> FederationConfig:

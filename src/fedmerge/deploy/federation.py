@@ -33,6 +33,10 @@ MOST_SITE_NAME = 100
 """Letters of a site's name."""
 
 
+_MOST_LIMIT = 1e9
+"""Seconds."""
+
+
 @dataclass(frozen=True)
 class DeployOptions:
     """Where the server is and how long it waits."""
@@ -66,10 +70,15 @@ class DeployOptions:
     def __post_init__(self) -> None:
         check_options(self)
 
-    @property
-    def limit(self) -> float:
-        """Seconds after which a site's program that still works on one message ends itself: it hangs."""
-        return 2 * self.deadline
+    def limit(self, failures: int = 0) -> float:
+        """Seconds after which a site's program that still works on one message ends itself, because it hangs.
+
+        While too few sites have answered the server waits beyond the deadline, so that one that failed gets longer.
+
+        Args:
+            failures: Times that the site's program has failed at this message.
+        """
+        return min(2.0 ** (1 + min(failures, 30)) * self.deadline, max(2 * self.deadline, self.patience), _MOST_LIMIT)
 
 
 @dataclass(frozen=True)

@@ -110,6 +110,10 @@ def forget_in_run(federation: FederationConfig, client: int) -> RunForgotten:
     record, deployment = read_run_alone(run), read_deployment(run)
     if deployment is None:
         raise UsageError(f"{run} is no deployed run; move it away")
+    if len(record.client_names) != len(federation.names):
+        raise UsageError(
+            f"{run} was run by other sites than {FILE} names; `fedmerge deploy remove` takes out one of them"
+        )
     if record.client_names[client] == tombstone(client):  # a process that was killed had come this far
         lines = read_run(run).rounds
         number = lines[-1].round if lines else 0

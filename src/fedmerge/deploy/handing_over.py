@@ -45,7 +45,7 @@ def hand_over(plan: Plan, deployment: Deployment, post: Post, record: RunRecord,
     box, terms = Outbox(plan.setup, selected.state, range(len(names))), plan.federation.terms.plain()
     done = list(deployment.delivered)
 
-    def letter(i: int) -> Letter:
+    def letter(i: int, failures: int) -> Letter:
         tree, base = box.of(i), since[i]
         order = Order(
             "final",
@@ -57,7 +57,7 @@ def hand_over(plan: Plan, deployment: Deployment, post: Post, record: RunRecord,
             base=base,
             keep=(base,),
             form=tuple(form_of(tree)),
-            seconds=plan.federation.deploy.limit,
+            seconds=plan.federation.deploy.limit(failures),
         )
         return lettered(order, tree)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterable
 from contextlib import suppress
@@ -126,12 +125,30 @@ def _listed() -> list[_Process]:
 def _send(pid: int, programs: Iterable[Program], number: signal.Signals) -> None:
     """A signal to a process, unless its number has passed to another one meanwhile."""
     with suppress(OSError):
-        if sys.platform != "linux":
-            os.kill(pid, number)
+        descriptor = _handle_of(pid)
+        if descriptor is None:
+            if _PROC is None or _belongs(pid, programs):
+                os.kill(pid, number)
             return
-        descriptor = os.pidfd_open(pid)
         try:
             if _belongs(pid, programs):
                 signal.pidfd_send_signal(descriptor, number)
         finally:
             os.close(descriptor)
+
+
+def _handle_of(pid: int) -> int | None:
+    """A descriptor of a process; None where the system, this Python or a sandbox has none.
+
+    Raises:
+        ProcessLookupError: if there is no such process.
+    """
+    opened = getattr(os, "pidfd_open", None)
+    if opened is None or not hasattr(signal, "pidfd_send_signal"):
+        return None
+    try:
+        return int(opened(pid))
+    except ProcessLookupError:
+        raise
+    except OSError:
+        return None

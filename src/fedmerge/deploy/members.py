@@ -23,6 +23,7 @@ from fedmerge.deploy.blueprint import (
 from fedmerge.deploy.replacing import put_back
 from fedmerge.deploy.roster import Roster, change_sites, name_faults, read_roster
 from fedmerge.experiment.book import held
+from fedmerge.experiment.record import read_run_alone
 
 SITE_UNIT = "fedmerge-site.service"
 _RUN = "run"
@@ -45,7 +46,7 @@ def add_site(
         The site's folder on the server, which has all that the site needs but a key that it made itself.
 
     Raises:
-        UsageError: if the name or the key is taken or cannot be one.
+        UsageError: if the name or the key is taken or cannot be one, or a run has begun without the site.
     """
     roster = read_roster(folder)
     if name in roster.sites:
@@ -53,6 +54,12 @@ def add_site(
     faults = name_faults("", (*roster.sites, name))
     if faults:
         raise UsageError(together(faults))
+    begun = _names_of_run(roster)
+    if begun is not None and name not in begun:
+        raise UsageError(
+            f"{roster.folder / _RUN} has begun without {brief(name)}: a site that comes later gets a model of its own "
+            "with `fedmerge deploy offer` and `join`; for a new run of all sites move that folder away first"
+        )
     place = units.check_path(roster.folder / "sites" / name)
     if place.exists():
         raise UsageError(f"{place} is there already; move it away first")
@@ -63,6 +70,13 @@ def add_site(
     change_sites(roster, {**roster.sites, name: key})
     renew_compose(roster.folder, before)
     return place
+
+
+def _names_of_run(roster: Roster) -> tuple[str, ...] | None:
+    """The sites of a run that has begun; None if none has."""
+    run = roster.folder / _RUN
+    put_back(run)
+    return read_run_alone(run).client_names if (run / "run.json").is_file() else None
 
 
 def _own_line(roster: Roster, name: str, line: str | None) -> str | None:
@@ -111,7 +125,7 @@ def remove_site(folder: Path | str, name: str) -> Path | None:
         Where its folder is now; None if there was none.
 
     Raises:
-        UsageError: if there is no such site, or a run has begun.
+        UsageError: if there is no such site, or a run has begun with it.
     """
     roster = read_roster(folder)
     if name not in roster.sites:
@@ -119,7 +133,7 @@ def remove_site(folder: Path | str, name: str) -> Path | None:
     run = roster.folder / _RUN
     put_back(run)
     with held(run) if run.is_dir() else nullcontext():
-        if (run / "run.json").is_file():
+        if name in (_names_of_run(roster) or ()):
             raise UsageError(
                 f"{run} has begun with {brief(name)}, whose place in it stays: `fedmerge deploy forget` takes it out"
             )

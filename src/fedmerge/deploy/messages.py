@@ -55,7 +55,7 @@ class Order:
         base: Round after which the site kept the private state that it goes on from; 0 for none yet.
         keep: Rounds whose private state the server may still ask for; others can go.
         form: Of the received tree, see `trees.form_of`.
-        seconds: After which nobody waits for the answer; 0 for no limit.
+        seconds: After which the site's program is taken to hang; 0 for no limit.
     """
 
     kind: Kind

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import suppress
 from pathlib import Path
 
@@ -9,6 +10,14 @@ NEWS = "fedmerge: "
 """Begins each line that people should see."""
 _MOST = 1 << 20
 """Bytes that are read at once; of more, the last ones."""
+
+
+class NewsFormatter(logging.Formatter):
+    """Marks every line of a message, and no line of a traceback, as one that people should see."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's own name
+        """The message with its marks."""
+        return "\n".join(f"{NEWS}{line}" for line in record.getMessage().splitlines())
 
 
 class NewLines:

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from fedmerge.core.errors import FedmergeError, UsageError
@@ -16,7 +17,7 @@ from fedmerge.deploy.address import free_port, host_and_port
 from fedmerge.deploy.blueprint import FLOWER_HOME, SITE_FILE, write_derived
 from fedmerge.deploy.commands import FlowerCommandError, RunEnd, open_run, register_sites, stop_run, submit
 from fedmerge.deploy.deployment import FILE as DEPLOYMENT
-from fedmerge.deploy.deployment import read_deployment
+from fedmerge.deploy.deployment import read_deployment, refuse_other_terms
 from fedmerge.deploy.federation import FederationConfig, read_federation
 from fedmerge.deploy.news import NEWS, NewLines
 from fedmerge.deploy.roster import Roster, read_roster
@@ -53,6 +54,7 @@ def _start_link(running: processes.Processes, roster: Roster, tell: Teller) -> N
     """
     place, log = roster.folder, roster.folder / LOGS / "superlink.log"
     settle(roster, tell)
+    running.clear("superlink")
     command = processes.superlink_command(place)
     _refuse_taken(roster.link)
     tell(f"starting the SuperLink; what it says: {log}")
@@ -65,12 +67,15 @@ def _start_link(running: processes.Processes, roster: Roster, tell: Teller) -> N
 
 def settle(roster: Roster, tell: Teller) -> None:
     """Brings what Flower reads up to the folder as it is now; tells if that was moved."""
-    before = write_derived(roster)
-    if before is not None:
-        tell(
-            f"this folder was {before} before; its units, nginx.conf and compose.yaml name {roster.folder} now: copies "
-            "of them that were installed must be installed again"
-        )
+    moved = write_derived(roster)
+    if moved is None:
+        return
+    tell(
+        f"this folder was {moved.before} before; its units, nginx.conf and compose.yaml name {roster.folder} now: "
+        "copies of them that were installed must be installed again"
+    )
+    if moved.changed:
+        tell(f"but {', '.join(moved.changed)} were changed by hand and are left as they are: write the new path there")
 
 
 def _refuse_taken(link: str) -> None:
@@ -117,9 +122,14 @@ def _of_site(line: str) -> str:
     return f"{line}: {why}" if " ended with status " in line else line
 
 
+def _node_command(place: Path) -> list[str]:
+    """How a SuperNode is started now: a port that was free before may have been taken."""
+    return processes.supernode_command(place, free_port())
+
+
 def _start_node(running: processes.Processes, place: Path, name: str = "supernode") -> None:
-    command = processes.supernode_command(place, free_port())
     home = processes.environment(place / FLOWER_HOME)
+    command = partial(_node_command, place)
     running.start(name, command, env=home, cwd=place, log=place / LOGS / "supernode.log")
 
 
@@ -142,7 +152,8 @@ def run_until_done(
         ending: Once it is set nothing is submitted any more.
 
     Raises:
-        FedmergeError: if the run stopped for a reason that somebody must mend, or ends again and again.
+        UsageError: if the run stopped for a reason that somebody must mend.
+        FedmergeError: if too few sites came, or the run ends again and again.
         KeyboardInterrupt: if it was asked to end, also by SIGTERM or a closed terminal; the run is stopped then.
     """
     with processes.stop_signals_interrupt():
@@ -160,12 +171,14 @@ def _run_until_done(
             sleep(wait)
         if ending.is_set():
             raise KeyboardInterrupt
+        deployment = read_deployment(federation.run_folder)
+        if deployment is not None:
+            refuse_other_terms(deployment, federation)
         before = _stamp(federation)
         end = _submitted(federation, tell)
         why = end if isinstance(end, str) else f"the run ended before its last round ({end.details or end.status})"
-        stopped = "" if isinstance(end, str) or _stamp(federation) == before else _stopped(federation)
-        if stopped:
-            raise FedmergeError(stopped)
+        if not isinstance(end, str) and _stamp(federation) != before:
+            _refuse_stopped(federation)
         now, left = _reached(federation), lacking(federation)
         if left and now <= reached and not isinstance(end, str) and end.exit_status == 0:
             tell(f"the rounds are done; no model yet at {', '.join(left)}: run again when they are there")
@@ -215,10 +228,16 @@ def _pass_on(line: str, tell: Teller) -> None:
         tell(text if level == "INFO" else line)
 
 
-def _stopped(federation: FederationConfig) -> str:
-    """Why the run stopped, if somebody must mend something."""
+def _refuse_stopped(federation: FederationConfig) -> None:
+    """Tells why the run stopped, if submitting it again at once would not help.
+
+    Raises:
+        UsageError: if somebody must change something first.
+        FedmergeError: if it may go on later.
+    """
     deployment = read_deployment(federation.run_folder)
-    return "" if deployment is None else deployment.stopped
+    if deployment is not None and deployment.stopped:
+        raise (UsageError if deployment.mend else FedmergeError)(deployment.stopped)
 
 
 def _stamp(federation: FederationConfig) -> tuple[int, int]:

@@ -42,14 +42,15 @@ class Asking(NamedTuple):
     Attributes:
         kind: Of the order.
         group: Of the messages, a round.
-        letters: What each site is to get, by name; made when it is sent.
+        letters: What each site is to get, by name; made when it is sent, from the number of times that its program has
+            failed at it.
         take: Is given each answer; raises FedmergeError for one that cannot be read.
         needed: Answers that must count before the waiting can end.
     """
 
     kind: Kind
     group: str
-    letters: Mapping[str, Callable[[], Letter]]
+    letters: Mapping[str, Callable[[int], Letter]]
     take: Take
     needed: int
 
@@ -188,7 +189,7 @@ class Post:
             if contact is None or now < site.not_before:
                 continue
             if site.ticket is None or site.is_lost_on(contact):
-                letter = asking.letters[name]()
+                letter = asking.letters[name](site.failures)
                 site.ticket = roll.link.push(contact, asking.kind, letter, group=asking.group, seconds=seconds)
                 site.contact = contact
                 roll.board.asked(name, asking.group)

@@ -10,9 +10,8 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
-import time
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from safetensors.torch import save
@@ -21,13 +20,11 @@ from fedmerge.core.errors import FedmergeError, UsageError
 from fedmerge.core.files import make_folder, write_atomically
 from fedmerge.core.tensor_files import read_tensors
 from fedmerge.experiment.checkpoint import fleet_tensors, in_own_memory, restored_fleet
-from fedmerge.experiment.lock import run_lock
+from fedmerge.experiment.lock import patient_lock
 from fedmerge.runtime import Fleet
 
 _RUN = re.compile("[0-9a-f]{16}")
 _NAME, _ENDING = "private-", ".safetensors"
-_WAIT = 0.25
-"""Seconds between two tries to hold a folder."""
 
 
 class BusyError(FedmergeError):
@@ -111,17 +108,9 @@ def site_held(folder: Path, seconds: float) -> Iterator[None]:
         BusyError: if another process holds it for longer.
     """
     make_folder(folder)
-    give_up = time.monotonic() + seconds
-    while True:
-        lock = run_lock(folder)
+    with ExitStack() as stack:
         try:
-            lock.__enter__()
-            break
+            stack.enter_context(patient_lock(folder, seconds))
         except UsageError as error:
-            if time.monotonic() > give_up:
-                raise BusyError(str(error)) from error
-            time.sleep(_WAIT)
-    try:
+            raise BusyError(str(error)) from error
         yield
-    finally:
-        lock.__exit__(None, None, None)

@@ -71,7 +71,9 @@ def program(name: str) -> str:
     beside = Path(sys.executable).with_name(name)
     found = str(beside) if os.access(beside, os.X_OK) else shutil.which(name)
     if found is None:
-        raise UsageError(f'the program {name} is not installed: pip install "fedmerge[flower]"')
+        raise UsageError(
+            f'the program {name} is not installed: pip install "fedmerge[flower]", with Python 3.11 or newer'
+        )
     return found
 
 
@@ -175,8 +177,15 @@ def _answers(roster: Roster, seconds: float) -> bool:
 class _Child:
     """One program that is kept."""
 
-    def __init__(self, name: str, command: Sequence[str], env: Mapping[str, str], cwd: Path, log: Path | None) -> None:
-        self.name, self.command, self.env, self.cwd, self.log = name, tuple(command), dict(env), cwd, log
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str] | Callable[[], Sequence[str]],
+        env: Mapping[str, str],
+        cwd: Path,
+        log: Path | None,
+    ) -> None:
+        self.name, self.command, self.env, self.cwd, self.log = name, command, dict(env), cwd, log
         self.mark = secrets.token_hex(8)
         self.process: subprocess.Popen[bytes] | None = None
         self.always, self.began, self.due, self.failures = True, 0.0, 0.0, 0
@@ -207,7 +216,7 @@ class Processes:
     def start(
         self,
         name: str,
-        command: Sequence[str],
+        command: Sequence[str] | Callable[[], Sequence[str]],
         *,
         env: Mapping[str, str],
         cwd: Path | str = ".",
@@ -218,7 +227,7 @@ class Processes:
 
         Args:
             name: For the file with its number; no other program of this kind may have it.
-            command: The words.
+            command: The words, or what gives them anew at every start.
             env: Its whole environment.
             cwd: Where it runs.
             log: What it says is appended here; None: to this process's own output.
@@ -230,17 +239,25 @@ class Processes:
             UsageError: if one of that name runs already, kept by this process or another.
             OSError: if it cannot be started.
         """
-        if orphan := self._orphan(name):
-            marks.end(orphan, grace=self.grace)
-        running = self.running(name)
-        if running is not None or name in self._children:
-            raise UsageError(f"{name} runs already (process {running}); stop it first")
+        self.clear(name)
         _make_private(self.folder)
         child = _Child(name, command, env, Path(cwd), None if log is None else Path(log))
         child.always = always
         pid = self._launch(child)
         self._children[name] = child
         return pid
+
+    def clear(self, name: str) -> None:
+        """Ends what a killed keeper has left of a program, with all that it started.
+
+        Raises:
+            UsageError: if one of that name runs, kept by this process or another.
+        """
+        if orphan := self._orphan(name):
+            marks.end(orphan, grace=self.grace)
+        running = self.running(name)
+        if running is not None or name in self._children:
+            raise UsageError(f"{name} runs already (process {running}); stop it first")
 
     def running(self, name: str) -> int | None:
         """Number of the process that a file names, if it is that process still and not another with its number."""
@@ -283,8 +300,15 @@ class Processes:
                 child.process, child.due = None, now + wait
                 told.append(f"{child.name} ended with status {code} after {lived:.0f} s; again in {wait:.0f} s")
             if child.process is None and now >= child.due:
-                told.append(f"{child.name} started again (process {self._launch(child)})")
+                told.append(self._launched_again(child))
         return told
+
+    def _launched_again(self, child: _Child) -> str:
+        try:
+            return f"{child.name} started again (process {self._launch(child)})"
+        except UsageError as error:  # a file that it needs is gone for the moment
+            child.due = time.monotonic() + _MOST_WAIT
+            return f"{child.name} cannot be started: {error}; again in {_MOST_WAIT:.0f} s"
 
     def watch(self, until: Callable[[], bool], *, tell: Callable[[str], None] = lambda _: None) -> None:
         """Keeps everything running until something is true."""
@@ -312,7 +336,7 @@ class Processes:
         output = None if child.log is None else _opened(child.log)
         try:
             child.process = subprocess.Popen(
-                child.command,
+                tuple(child.command() if callable(child.command) else child.command),
                 env=env,
                 cwd=child.cwd,
                 stdin=subprocess.DEVNULL,
@@ -388,7 +412,7 @@ def _opened(log: Path) -> int:
 
 def _bound(log: Path) -> None:
     """Keeps a log's size within bounds while a process writes to it: what is too old goes to ``.1``."""
-    with suppress(FileNotFoundError):
+    with suppress(OSError):  # no log yet, or a full disk: the program goes on
         if log.stat().st_size > _MOST_LOG_BYTES:
             older = log.with_name(log.name + ".1")
             older.unlink(missing_ok=True)

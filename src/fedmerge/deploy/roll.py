@@ -129,7 +129,8 @@ class Roll:
             self._refuse(contact, f"its key belongs to {contact.name!r}, which is no site of this federation")
             return
         letter = self.hello(contact.name or "")
-        ticket = self.link.push(contact, "hello", letter, group="hello", seconds=self.options.deadline)
+        seconds = max(self.options.deadline, self.options.patience)
+        ticket = self.link.push(contact, "hello", letter, group="hello", seconds=seconds)
         if ticket is not None:
             self._greeted.add(connection)
             self._hellos[ticket] = contact

@@ -38,7 +38,7 @@ def next_round(office: Office) -> None:
     cohort = () if turned_out is None else turned_out.cohort
     tray = _tray(office, number, cohort)
     asked = office.living if evaluate else cohort
-    quorum = 0 if turned_out is None or not cohort else turned_out.quorum
+    quorum = _needed(office, turned_out, asked)
     bytes_down = _ask(office, number, cohort, asked, tray, quorum, evaluate=evaluate)
     refuse_divergence(tray.refusals, len(cohort))
     note_reports(office)
@@ -85,6 +85,14 @@ def _turnout(office: Office, number: int) -> Turnout:
     )
 
 
+def _needed(office: Office, turned_out: Turnout | None, asked: Collection[int]) -> int:
+    """Answers without which a round does not close; the last scores, which decide what is selected, need some too."""
+    if turned_out is None:
+        share = office.setup.options.participation.quorum
+        return max(1, math.ceil(share * len(asked))) if asked else 0
+    return turned_out.quorum if turned_out.cohort else 0
+
+
 def _presence(office: Office) -> Presence | None:
     """Forgotten sites are never there; where there are none, all draws are as in a simulation."""
     living = set(office.living)
@@ -126,7 +134,7 @@ def _ask(
     rate = rate_of_round(setup.training, min(number, setup.options.rounds), setup.options.rounds)
     terms, sent = office.plan.federation.terms.plain(), dict.fromkeys(cohort, 0)
 
-    def letter(i: int) -> Letter:
+    def letter(i: int, failures: int) -> Letter:
         tree = boxes[i].of(i)
         if i in sent:
             sent[i] = tree_bytes(tree)
@@ -143,11 +151,11 @@ def _ask(
             base=since[i],
             keep=(since[i], selected[i]),
             form=tuple(form_of(tree)),
-            seconds=office.plan.federation.deploy.limit,
+            seconds=office.plan.federation.deploy.limit(failures),
         )
         return lettered(order, tree)
 
-    letters: dict[str, Callable[[], Letter]] = {names[i]: partial(letter, i) for i in asked}
+    letters: dict[str, Callable[[int], Letter]] = {names[i]: partial(letter, i) for i in asked}
     counts = _counter(tray, cohort)
     missing = office.post.ask(Asking("round", f"round {number}" if cohort else "last scores", letters, counts, quorum))
     for name, why in sorted(missing.items()):

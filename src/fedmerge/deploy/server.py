@@ -17,7 +17,15 @@ from fedmerge.core.errors import FedmergeError, UsageError
 from fedmerge.core.files import make_folder
 from fedmerge.core.memory import keep_freed
 from fedmerge.core.text import shortened
-from fedmerge.deploy.deployment import Deployment, new_deployment, read_deployment, scaled, write_deployment
+from fedmerge.deploy.deployment import FILE as DEPLOYMENT
+from fedmerge.deploy.deployment import (
+    Deployment,
+    new_deployment,
+    read_deployment,
+    refuse_other_terms,
+    scaled,
+    write_deployment,
+)
 from fedmerge.deploy.federation import FederationConfig
 from fedmerge.deploy.handing_over import hand_over, selected_of
 from fedmerge.deploy.link import Link
@@ -36,7 +44,10 @@ from fedmerge.experiment.execute import close_run
 from fedmerge.experiment.lock import NAME as LOCK
 from fedmerge.experiment.record import RunRecord, read_run, read_run_alone
 from fedmerge.experiment.simulation import one_thread
+from fedmerge.runtime.rounds import DivergedError
 
+_FIRST_SECONDS = 6 * 3600.0
+"""That a site has at least to say what it has: the first time it may have to fetch or convert its examples."""
 STEADY = Clock(time.monotonic, time.sleep)
 
 
@@ -65,7 +76,8 @@ def serve(federation: FederationConfig, link: Link, *, clock: Clock = STEADY) ->
             _run(plan_of(federation), deployment, post)
         except FedmergeError as error:
             post.roll.board.close(f"stopped: {error}")
-            write_deployment(folder, replace(read_deployment(folder) or deployment, stopped=str(error)))
+            mend = isinstance(error, (UsageError, DivergedError))
+            write_deployment(folder, replace(read_deployment(folder) or deployment, stopped=str(error), mend=mend))
             raise
 
 
@@ -74,15 +86,11 @@ def _deployment(folder: Path, federation: FederationConfig) -> Deployment:
     digest = federation.terms.digest
     found = read_deployment(folder)
     if found is None:
-        if any(path.name != LOCK for path in folder.iterdir()):
+        if any(path.name not in (LOCK, f"{DEPLOYMENT}.part") for path in folder.iterdir()):
             raise UsageError(f"{folder} holds something that is no deployed run; move it away")
         found = new_deployment(digest)
-    if found.terms != digest:
-        raise UsageError(
-            f"{folder} was run under other terms (method, network, training, options or form of the data); put the "
-            "old federation.toml back, or move the folder away for a new run"
-        )
-    found = replace(found, stopped="")
+    refuse_other_terms(found, federation)
+    found = replace(found, stopped="", mend=False)
     write_deployment(folder, found)
     return found
 
@@ -109,8 +117,8 @@ def _run(plan: Plan, deployment: Deployment, post: Post) -> None:
     record = read_run_alone(folder) if (folder / "run.json").is_file() else None
     if record is not None:
         _refuse_others(plan, record)
-        post.roll.familiar = frozenset(name for name, n in zip(record.client_names, record.num_train, strict=True) if n)
     if record is not None and record.status == "finished":
+        post.roll.familiar = _counted(record)
         remove_all(folder)
         shutil.rmtree(folder / REPLIES, ignore_errors=True)
         hand_over(plan, deployment, post, read_run(folder), selected_of(plan))
@@ -118,12 +126,19 @@ def _run(plan: Plan, deployment: Deployment, post: Post) -> None:
     with open_office(plan, deployment, record, post) as office:
         if office.is_new:
             post.wait_for_reports(min(plan.federation.deploy.start_with or len(post.roll.names), len(post.roll.names)))
+        else:
+            post.roll.familiar = _counted(office.record)
         note_reports(office)
         while office.open is not None:
             next_round(office)
         office.record = close_run(office.record, "finished", office.journey, office.seconds(), folder)
         office.book.close()
     hand_over(plan, deployment, post, office.record, office.journey.selected)
+
+
+def _counted(record: RunRecord) -> frozenset[str]:
+    """Sites that have reported how many examples they have."""
+    return frozenset(name for name, n in zip(record.client_names, record.num_train, strict=True) if n)
 
 
 def _refuse_others(plan: Plan, record: RunRecord) -> None:
@@ -152,7 +167,7 @@ def _post(federation: FederationConfig, deployment: Deployment, link: Link, cloc
 
 def _hello(federation: FederationConfig, deployment: Deployment) -> Callable[[str], Letter]:
     """Makes the letter that asks a site who it is."""
-    terms, limit = federation.terms.plain(), federation.deploy.limit
+    terms, limit = federation.terms.plain(), max(federation.deploy.limit(), _FIRST_SECONDS)
     return lambda name: Letter(text_of(Order("hello", deployment.run, 0, 0, name, terms, seconds=limit)), {})
 
 

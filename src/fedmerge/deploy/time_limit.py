@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 log = logging.getLogger(__name__)
 
 _MOST = 1e9
 """Seconds that a timer can be set to, at least."""
+_GRACE = 30.0
+"""Seconds after which a program that does not end itself is ended by the interpreter."""
 
 
 @contextmanager
@@ -27,16 +30,24 @@ def time_limit(seconds: float) -> Iterator[None]:
     if not seconds:
         yield
         return
-    timer = threading.Timer(min(seconds, _MOST), _end, [seconds])
+    seconds = min(seconds, _MOST)
+    timer = threading.Timer(seconds, _end, [seconds])
     timer.daemon = True
     timer.start()
+    with suppress(OSError, ValueError, AttributeError):  # no standard error to write to
+        faulthandler.dump_traceback_later(seconds + _GRACE, exit=True)  # where no other thread gets a turn
     try:
         yield
     finally:
+        faulthandler.cancel_dump_traceback_later()
         timer.cancel()
 
 
 def _end(seconds: float) -> None:
-    log.error("the site's program has worked for %.0f s and nobody waits any longer: it is ended", seconds)
+    log.error(
+        "the site's program has worked for %.0f s, twice deploy.deadline or longer, and is taken to hang: it is ended",
+        seconds,
+    )
+    faulthandler.dump_traceback()
     logging.shutdown()
     os._exit(1)

@@ -8,7 +8,6 @@ is the door: it passes that one interface and nothing else.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -44,15 +43,6 @@ def check_path(path: Path) -> Path:
             "without characters that cannot be seen"
         )
     return absolute
-
-
-def at_other_place(text: str, before: Path, folder: Path) -> str:
-    """A text of this module for a folder that was moved; what somebody changed in it stays.
-
-    >>> at_other_place("ExecStart=/bin/fedmerge deploy run /srv/a # not /srv/ab", Path("/srv/a"), Path("/mnt/b"))
-    'ExecStart=/bin/fedmerge deploy run /mnt/b # not /srv/ab'
-    """
-    return re.sub(re.escape(str(before)) + r"(?![\w.-])", lambda _: str(folder), text)
 
 
 def server_unit(folder: Path, program: Path, user: str) -> str:

@@ -50,7 +50,8 @@ class RunOptions:
         "auto", help="how clients are executed; auto measures before a long run"
     )
     kernels: Literal["auto", "torch", "compiled"] = option(
-        "auto", help="of convolutions; compiled: made on this machine (float32, sequential or folded); auto: if measured faster"
+        "auto",
+        help="of convolutions; compiled: made here (float32, sequential or folded); auto: if measured faster",
     )
     fold: int | None = option(None, at_least=1, help="clients that run at once, where several do; found out by default")
     workers: int = option(1, at_least=1, help="processes that train clients at the same time; numbers stay the same")

@@ -16,6 +16,8 @@ if sys.platform != "win32":  # which has no such locks: two processes are not ke
 
 NAME = ".lock"
 _MOST_DIGITS = 20
+_PAUSE = 0.25
+"""Seconds between two tries to hold a folder."""
 _WAIT, _MOST_WAITS = 0.01, 50
 """Seconds between two looks at who holds a lock, and their number: its number is written just after it is taken."""
 
@@ -36,8 +38,37 @@ def run_lock(folder: Path) -> Iterator[None]:
         yield
     finally:
         with suppress(OSError):  # the file itself holds nobody up
-            (folder / NAME).unlink(missing_ok=True)  # while it is held: whoever waits for it sees that it is gone
+            if _is_at(descriptor, folder / NAME):  # the folder may have been replaced, and its new one held by another
+                (folder / NAME).unlink()  # while it is held: whoever waits for it sees that it is gone
         os.close(descriptor)
+
+
+@contextmanager
+def patient_lock(folder: Path, seconds: float) -> Iterator[None]:
+    """`run_lock` that waits for another process or thread to leave the folder.
+
+    Args:
+        folder: Must exist.
+        seconds: How long to wait.
+
+    Raises:
+        UsageError: if it is held for longer.
+        OSError: if the folder cannot be written.
+    """
+    give_up = time.monotonic() + seconds
+    while True:
+        lock = run_lock(folder)
+        try:
+            lock.__enter__()
+            break
+        except UsageError:
+            if time.monotonic() > give_up:
+                raise
+            time.sleep(_PAUSE)
+    try:
+        yield
+    finally:
+        lock.__exit__(None, None, None)
 
 
 def _taken(path: Path) -> int:

@@ -237,6 +237,10 @@ def unanswered(algorithm: Algorithm[Any], result: RoundResult, quorum: int) -> R
     return replace(result, state=silence(result.state))
 
 
+class DivergedError(FedmergeError):
+    """Most clients' training has left the finite numbers: the same again ends alike."""
+
+
 def refuse_divergence(refusals: Sequence[Refusal], expected: int) -> None:
     """One client that sends NaN is left out; where most do, the training itself is at fault.
 
@@ -245,11 +249,11 @@ def refuse_divergence(refusals: Sequence[Refusal], expected: int) -> None:
         expected: Replies of that round.
 
     Raises:
-        FedmergeError: naming the clients.
+        DivergedError: naming the clients.
     """
     lost = sorted(refusal.client for refusal in refusals if refusal.reason == "values" and refusal.client is not None)
     if 2 * len(lost) > expected:
-        raise FedmergeError(
+        raise DivergedError(
             f"clients {lost} sent NaN or infinite values: their training diverged; "
             "lower the learning rate (training.lr) or check their data"
         )

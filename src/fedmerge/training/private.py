@@ -155,7 +155,7 @@ def _opacus(part: str) -> Any:
 def _beyond(what: str) -> UsageError:
     return UsageError(
         f"{_WHO}: this method's clients do more with their examples than the accountant counts: it {what}; expected "
-        "one protected step per batch. Use for example fedavg, fedavgm, fedprox, fedmerge or dp-fedmerge, or leave dp_clip out"
+        "one protected step per batch. Use fedavg, fedavgm, fedprox, fedmerge or dp-fedmerge, or leave dp_clip out"
     )
 
 

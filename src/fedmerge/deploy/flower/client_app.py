@@ -1,6 +1,6 @@
 """The ClientApp of a site. Every message starts a fresh process, so that this module imports no more than it needs.
 
-What the site's own people should know is logged in lines that begin with `NEWS`, among all that Flower logs.
+What the site's own people should know is logged in lines that are marked (`NewsFormatter`), among all that Flower logs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fedmerge.core.text import brief
 from fedmerge.deploy.client import answer_to
 from fedmerge.deploy.flower.wire import Refused, failure_records, letter_from, records_of
 from fedmerge.deploy.messages import Letter
-from fedmerge.deploy.news import NEWS
+from fedmerge.deploy.news import NewsFormatter
 from fedmerge.deploy.private_state import BusyError
 from fedmerge.deploy.site import SiteConfig, read_site
 from fedmerge.deploy.telling import tellable, told_to_server
@@ -64,7 +64,7 @@ def _speak() -> None:
     own = logging.getLogger("fedmerge")
     if not own.handlers:
         handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter(f"{NEWS}%(message)s"))
+        handler.setFormatter(NewsFormatter())
         own.addHandler(handler)
         own.setLevel(logging.INFO)
 

@@ -28,7 +28,7 @@ _LOST = (
 _WAIT = 2.0
 """Seconds that one look at all replies takes at most."""
 _FORGOTTEN = 600.0
-"""Seconds after which a reply that came too late for anybody is dropped."""
+"""Seconds after which a reply that has come and that nobody asks for is dropped."""
 
 
 class GridLink:
@@ -69,7 +69,7 @@ class GridLink:
         self._looks = {
             ticket: look
             for ticket, look in self._looks.items()
-            if ticket in tickets or look.is_alive() or now - look.began < _FORGOTTEN
+            if ticket in tickets or look.ended is None or now - look.ended < _FORGOTTEN
         }
         for ticket in tickets:
             if ticket not in self._looks:
@@ -89,7 +89,7 @@ class _Look(threading.Thread):
 
     def __init__(self, grid: Grid, ticket: str) -> None:
         super().__init__(name="fedmerge-look", daemon=True)
-        self.began = time.monotonic()
+        self.ended: float | None = None
         self._grid, self._ticket = grid, ticket
         self._messages: list[Message] = []
         self._error: Exception | None = None
@@ -101,6 +101,8 @@ class _Look(threading.Thread):
             self._messages = list(self._grid.pull_messages([self._ticket]))
         except Exception as error:  # raised again where the reply is asked for
             self._error = error
+        finally:
+            self.ended = time.monotonic()
 
     def found(self) -> list[Message]:
         """The reply, if it has come."""
