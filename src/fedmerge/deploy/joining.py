@@ -41,9 +41,6 @@ class Joined:
     test: Score
 
 
-# ---------------------------------------------------------------- the server's side
-
-
 def join(offer: Offer | Path | str, site: SiteConfig, *, way: str = "auto", seed: int = 0, model: Any = None) -> Joined:
     """Makes a newcomer's own model on its own machine, and writes it as the sites that take part have theirs.
 

@@ -75,7 +75,6 @@ def add_site(
 def _names_of_run(roster: Roster) -> tuple[str, ...] | None:
     """The sites of a run that has begun; None if none has."""
     run = roster.folder / _RUN
-    put_back(run)
     return read_run_alone(run).client_names if (run / "run.json").is_file() else None
 
 

@@ -100,6 +100,9 @@ class Offer:
     server: Server
 
 
+# ---------------------------------------------------------------- the server's side
+
+
 def make_offer(run_folder: Path | str, out: Path | str) -> Offered:
     """Writes an offer for newcomers from a deployed run.
 
