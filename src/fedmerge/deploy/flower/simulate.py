@@ -184,7 +184,7 @@ def _refuse_dead(running: Processes, told: _Told, staged: FederationConfig, stop
         )
     lost = [why for why, times in told.failures.items() if times >= staged.deploy.attempts]
     if lost:
-        raise FedmergeError(f"a site cannot take part: {lost[0]}")
+        raise FedmergeError(f"a site cannot take part: {lost[0]}; here it is in {stage / LOGS}")
     if not running.alive("superlink"):
         raise FedmergeError(
             f"Flower's SuperLink ended with status {running.status('superlink')}; look into {stage / LOGS}"
