@@ -13,12 +13,13 @@ from small_deployment import HereLink, SlowClock, write_federation
 from test_server import Spoiling, interrupt, run, said, same, states, with_nan
 
 from fedmerge.core.errors import FedmergeError, UsageError
-from fedmerge.deploy.client import answer_to, ready_site
+from fedmerge.deploy.client import answer_to
 from fedmerge.deploy.deployment import read_deployment
 from fedmerge.deploy.federation import DeployOptions, read_federation
 from fedmerge.deploy.link import Contact, Failure
 from fedmerge.deploy.messages import Letter, Order, answer_from, order_from, text_of
 from fedmerge.deploy.private_state import BusyError, PrivateState, site_held
+from fedmerge.deploy.ready import ready_site
 from fedmerge.deploy.server import serve
 from fedmerge.deploy.site import read_site
 from fedmerge.deploy.status import read_status

@@ -17,13 +17,14 @@ from small_deployment import HereLink, SlowClock, write_federation
 
 from fedmerge.core.errors import DataError, FedmergeError, UsageError
 from fedmerge.data.federated import Examples
-from fedmerge.deploy.client import _secret_seed, answer_to, ready_site
+from fedmerge.deploy.client import _secret_seed, answer_to
 from fedmerge.deploy.federation import terms_of
 from fedmerge.deploy.link import Failure
 from fedmerge.deploy.messages import Letter, answer_from, order_from
 from fedmerge.deploy.plan import plan_of
 from fedmerge.deploy.private_state import BusyError
 from fedmerge.deploy.protection import FILE, seed_of_release
+from fedmerge.deploy.ready import ready_site
 from fedmerge.deploy.server import serve
 from fedmerge.deploy.site import read_site
 from fedmerge.deploy.telling import TellableError, tellable, told_to_server, told_versions

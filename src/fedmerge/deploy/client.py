@@ -5,85 +5,40 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedmerge.core.ensemble import Personal
 from fedmerge.core.errors import FedmergeError, UsageError
-from fedmerge.core.memory import keep_freed
-from fedmerge.core.protocol import Algorithm
 from fedmerge.core.randomness import fresh_module_randomness
 from fedmerge.core.replies import named_tensors
-from fedmerge.core.vector import Layout, layout_of
-from fedmerge.data import ClientData, FederatedData
+from fedmerge.data import ClientData
 from fedmerge.deploy.federation import FILE, Terms, agreed_on, in_client_order, terms_of
 from fedmerge.deploy.messages import Answer, Letter, Order, Score, order_from, text_of
 from fedmerge.deploy.moments import moments
 from fedmerge.deploy.private_state import PrivateState, site_held
 from fedmerge.deploy.protection import seed_of_release
+from fedmerge.deploy.ready import Site, ready_site
 from fedmerge.deploy.site import SiteConfig
-from fedmerge.deploy.site_data import raw_client, site_client
+from fedmerge.deploy.site_data import raw_client
 from fedmerge.deploy.site_model import write_site_model
 from fedmerge.deploy.telling import tellable, told_versions
 from fedmerge.deploy.time_limit import time_limit
 from fedmerge.deploy.trees import tree_from
-from fedmerge.experiment.choice import objective_of
 from fedmerge.experiment.config import read_toml
-from fedmerge.experiment.federation import channels_last, encoder_of, in_precision, make_module
-from fedmerge.experiment.simulation import one_thread, played_method, remember
-from fedmerge.experiment.trial import check_module
-from fedmerge.runtime import Engine, Fleet, Sequential, first_fleet
-from fedmerge.runtime.place import Place, device_of
+from fedmerge.experiment.federation import encoder_of
+from fedmerge.experiment.simulation import one_thread
+from fedmerge.runtime import Fleet
 from fedmerge.runtime.rounds import ClientRound, models_received
-from fedmerge.training import LocalTraining, Planned, one_pass, rate_of_round
+from fedmerge.training import Planned, one_pass, rate_of_round
 from fedmerge.training.scores import tally
 
 log = logging.getLogger(__name__)
 
 WAIT = 120.0
 """Seconds that a site waits for an earlier process of its own to end."""
-
-
-@dataclass(frozen=True)
-class Site:
-    """A site that is ready to work.
-
-    Attributes:
-        config: Its own.
-        terms: What was agreed on.
-        data: Its examples, as a federation of one client, in the run's precision.
-        module: The network, with the weights of draw 0.
-        layout: Of the module.
-        played: The method as it is played.
-        engine: Runs the client.
-    """
-
-    config: SiteConfig
-    terms: Terms
-    data: FederatedData
-    module: nn.Module
-    layout: Layout
-    played: Algorithm[Any]
-    engine: Engine
-
-    @property
-    def client(self) -> ClientData:
-        """The site's examples."""
-        return self.data.clients[0]
-
-    @property
-    def training(self) -> LocalTraining:
-        """What it does in a round."""
-        return self.terms.training
-
-    def fresh(self) -> Fleet:
-        """What it keeps before its first round."""
-        options = self.terms.options
-        start = self.layout.read(self.module)
-        return first_fleet(self.played, start, 1, self.layout.num_trainable, options.buffers)
 
 
 def answer_to(letter: Letter, config: SiteConfig, *, alone: bool = False) -> Letter:
@@ -196,31 +151,6 @@ def _first_difference(own: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
     if isinstance(own.get(key), dict) and isinstance(asked.get(key), dict):
         return f"{key}.{_first_difference(own[key], asked[key])}"
     return f"{key}: agreed {own.get(key)!r}, asked {asked.get(key)!r}"
-
-
-def _client(config: SiteConfig, terms: Terms) -> ClientData:
-    return site_client(config, terms.schema, seed=terms.options.seed, encoder=encoder_of(terms.model))
-
-
-def ready_site(config: SiteConfig, terms: Terms) -> Site:
-    """Data, network, method and engine of a site.
-
-    Raises:
-        FedmergeError: if the data or the network cannot be used.
-    """
-    keep_freed()
-    options = terms.options
-    shapes = terms.schema.without_examples([config.name])
-    module = make_module(terms.model, shapes, options.seed, dtype=options.dtype)
-    layout = layout_of(module, head=options.head, frozen=options.frozen)
-    data = replace(shapes, clients=(_client(config, terms),))
-    data = channels_last(in_precision(data, options.dtype))
-    check_module(module, data, terms.training)
-    client = data.clients[0]
-    remember(module, torch.cat([part.inputs for part in (client.train, client.validation, client.test)]))
-    place = Place(device_of(config.device), options.precision)
-    engine = Sequential(module, layout, terms.training.descent(), objective=objective_of(data), place=place)
-    return Site(config, terms, data, module, layout, played_method(terms.method, layout, options), engine)
 
 
 def _introduction(order: Order, config: SiteConfig, terms: Terms) -> Answer:

@@ -39,7 +39,7 @@ from fedmerge.experiment.simulation import Progress
 
 if TYPE_CHECKING:
     from fedmerge.core.vector import Layout
-    from fedmerge.deploy.client import Site
+    from fedmerge.deploy.ready import Site
     from fedmerge.exporting import Client
 
 FOLDER = "model"
