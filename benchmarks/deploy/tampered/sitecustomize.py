@@ -54,8 +54,8 @@ def values(module: Any) -> None:
     """Puts NaN into the answer of round 2."""
     honest = module.answer_to
 
-    def answer_to(letter: Any, config: Any) -> Any:
-        answer = honest(letter, config)
+    def answer_to(letter: Any, config: Any, **more: Any) -> Any:
+        answer = honest(letter, config, **more)
         if json.loads(letter.text)["round"] != 2:
             return answer
         tensors = {name: tensor.clone() for name, tensor in answer.tensors.items()}
