@@ -458,7 +458,7 @@ def _two_runs(room: Room) -> Found:
         by_hand = world.end("hand", 240)
         world.finished(ENOUGH)
         world.finished(60, "second")
-        refused = line_with(world.output("hand"), "in use by process")
+        refused = line_with(world.output("hand"), "ERROR", "in use by process").replace(str(world.folder), "FOLDER")
         faults = [] if refused else [f"by hand (status {by_hand}): {world.output('hand')[-300:]}"]
         if "Site" not in world.output("second"):
             faults.append("the second run did not end with the first's scores")
