@@ -20,6 +20,7 @@ from fedmerge.deploy.link import Contact, Failure
 from fedmerge.deploy.messages import Letter, Order, answer_from, order_from, text_of
 from fedmerge.deploy.private_state import BusyError, PrivateState, site_held
 from fedmerge.deploy.ready import ready_site
+from fedmerge.deploy.roll import pulled
 from fedmerge.deploy.server import serve
 from fedmerge.deploy.site import read_site
 from fedmerge.deploy.status import read_status
@@ -441,6 +442,21 @@ def test_a_site_slower_than_the_limit_ends_its_round_when_it_is_asked_again(tmp_
     serve(federation, Slow(federation), clock=SlowClock().clock())
     assert read_run(federation.run_folder).status == "finished"
     assert sorted(set(told)) == [200.0, 400.0]
+
+
+def test_large_answers_are_taken_one_after_the_other():
+    asked = []
+
+    class Counting:
+        def pull(self, tickets):
+            asked.append(len(tickets))
+            return [(ticket, Failure("", lost=True)) for ticket in tickets]
+
+    tickets = [str(number) for number in range(20)]
+    for size, wanted in ((0, [16, 4]), (1 << 27, [4] * 5), (1 << 31, [1] * 20)):
+        asked.clear()
+        assert len(list(pulled(Counting(), tickets, size))) == 20
+        assert asked == wanted
 
 
 def test_most_sites_that_diverge_stop_the_run_for_somebody_to_mend_it(tmp_path):

@@ -61,7 +61,8 @@ def door(tmp_path_factory):
     write_blueprint(folder, Blueprint(name="f", address=address, listen=link, sites=("a",)))
     with Processes(folder / "pids") as kept:
         home = environment(folder / "flower")
-        kept.start("superlink", superlink_command(folder), env=home, cwd=folder, log=folder / "logs" / "superlink.log")
+        command = [*superlink_command(folder), "--database", str(folder / "superlink.db")]  # so that tests can look
+        kept.start("superlink", command, env=home, cwd=folder, log=folder / "logs" / "superlink.log")
         command = [NGINX, "-e", "stderr", "-c", str(folder / "nginx.conf")]
         kept.start("proxy", command, env=dict(os.environ), cwd=folder, log=folder / "logs" / "proxy.log")
         assert wait_for_superlink(folder, 60, alive=lambda: kept.alive("superlink"))

@@ -7,6 +7,7 @@ was refused changes nothing and never stops the others.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -83,6 +84,11 @@ class Template:
 
     forms: Mapping[str, Form]
     spec: TreeSpec
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the tensors of one reply."""
+        return sum(math.prod(form.shape) * form.dtype.itemsize for form in self.forms.values())
 
     def update_of(self, tensors: Mapping[str, Tensor]) -> Any:
         """The update that an admitted reply carries."""

@@ -99,7 +99,7 @@ def _registered(roster: Roster) -> Registered:
 
 _UNKNOWN = (
     "the SuperLink has the keys of %s under numbers that are not known here: keys of other sites that were removed may "
-    "still be let in by it; to begin anew stop the server and move superlink.db and flower/nodes.json away"
+    "still be let in by it until it is started again"
 )
 
 
@@ -116,7 +116,7 @@ def _let_in(roster: Roster, name: str, line: str, nodes: dict[str, str]) -> bool
 def _retired(name: str) -> str:
     return (
         f"sites.{name}: the SuperLink had this key before, and Flower never takes a removed one again; make a new key "
-        "for the site, or stop the server and move superlink.db away (nothing is lost: runs have files of their own)"
+        "for the site, or start the server again, which forgets it (nothing is lost: runs have files of their own)"
     )
 
 

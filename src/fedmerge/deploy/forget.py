@@ -111,8 +111,8 @@ def forget_site(folder: Path | str, name: str) -> Forgotten:
 _ELSEWHERE = (
     "copies of models that other sites hold, as far as they were trained with its replies",
     f"its name and public key in the copies of {FILE} that other sites were given: send them the new one",
-    "what Flower has written in superlink.db (public keys of nodes, messages on their way): its key must be taken off "
-    "the SuperLink, which then never accepts it again; remove the file where the federation is done",
+    "what the SuperLink has in memory (public keys of nodes, messages on their way) until it is started again; the "
+    "next run takes the key off",
     "backups of this folder",
 )
 

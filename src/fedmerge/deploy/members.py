@@ -118,7 +118,7 @@ def _has_key(place: Path, line: str) -> bool:
 def remove_site(folder: Path | str, name: str) -> Path | None:
     """Takes a site out before the first run: its key is no longer registered, its folder moves to ``removed``.
 
-    Flower never takes a removed key again: a site that comes back needs a new one.
+    Flower takes a removed key only when it was started again: a site that comes back before needs a new one.
 
     Returns:
         Where its folder is now; None if there was none.

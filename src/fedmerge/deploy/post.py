@@ -46,6 +46,7 @@ class Asking(NamedTuple):
             failed at it.
         take: Is given each answer; raises FedmergeError for one that cannot be read.
         needed: Answers that must count before the waiting can end.
+        num_bytes: That an answer has, about.
     """
 
     kind: Kind
@@ -53,6 +54,7 @@ class Asking(NamedTuple):
     letters: Mapping[str, Callable[[int], Letter]]
     take: Take
     needed: int
+    num_bytes: int = 0
 
 
 @dataclass
@@ -197,7 +199,7 @@ class Post:
     def _take(self, asking: Asking, tally: _Tally) -> None:
         """Hands in what has come."""
         owners = {site.ticket: name for name, site in tally.waiting.items() if site.ticket is not None}
-        for ticket, found in pulled(self.roll.link, list(owners)):
+        for ticket, found in pulled(self.roll.link, list(owners), asking.num_bytes):
             name, tally.moved = owners[ticket], self.roll.clock.now()
             if isinstance(found, Failure):
                 self._failed(name, found, tally)

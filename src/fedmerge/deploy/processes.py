@@ -80,6 +80,10 @@ def program(name: str) -> str:
 def superlink_command(folder: Path | str) -> list[str]:
     """How the SuperLink of a federation is started.
 
+    It keeps what it knows in memory. In a file of SQLite it loses a site's answer, and says so to nobody but its log,
+    when the file is locked for five seconds: with 20 sites on two busy cores that happened within two rounds. Nothing
+    in that file is needed: a run goes on from its own checkpoint, and keys are registered before every run.
+
     Raises:
         UsageError: if the folder is no federation, its certificates do not fit, others than this machine could reach
             the SuperLink, or Flower is not installed.
@@ -97,7 +101,7 @@ def superlink_command(folder: Path | str) -> list[str]:
         files = {"ca-certfile": identity.CA, "certfile": identity.SERVER, "keyfile": identity.SERVER_KEY}
         secrecy = [word for name, file in files.items() for word in (f"--ssl-{name}", str(place / file))]
         secrecy.append("--enable-supernode-auth")
-    return [*command, *secrecy, "--disable-runtime-dependency-installation", "--database", str(place / "superlink.db")]
+    return [*command, *secrecy, "--disable-runtime-dependency-installation"]
 
 
 def supernode_command(site_folder: Path | str, port: int) -> list[str]:

@@ -19,8 +19,8 @@ log = logging.getLogger(__name__)
 
 LOOK = 2.0
 """Seconds between two looks at who is connected."""
-AT_ONCE = 16
-"""Answers that are taken from the network at once: they are in memory together."""
+AT_ONCE, BYTES_AT_ONCE = 16, 1 << 29
+"""Answers that are taken from the network at once, and their bytes, unless one alone has more: they are in memory."""
 REFUSED = 60.0
 """Seconds after which a connection that was turned away is asked again: its site may have been mended."""
 MOST_PAUSE = 600.0
@@ -49,10 +49,17 @@ def said(text: str) -> str:
     return printable(shortened(text, MOST_LETTERS))
 
 
-def pulled(link: Link, tickets: Sequence[str]) -> Iterator[tuple[str, Letter | Failure]]:
-    """What has come for these tickets, a few at a time."""
-    for start in range(0, len(tickets), AT_ONCE):
-        yield from link.pull(tickets[start : start + AT_ONCE])
+def pulled(link: Link, tickets: Sequence[str], num_bytes: int = 0) -> Iterator[tuple[str, Letter | Failure]]:
+    """What has come for these tickets, a few at a time.
+
+    Args:
+        link: The network.
+        tickets: Of the letters.
+        num_bytes: That an answer has, about.
+    """
+    count = max(1, min(AT_ONCE, BYTES_AT_ONCE // max(1, num_bytes)))
+    for start in range(0, len(tickets), count):
+        yield from link.pull(tickets[start : start + count])
 
 
 @dataclass

@@ -157,7 +157,8 @@ def _ask(
 
     letters: dict[str, Callable[[int], Letter]] = {names[i]: partial(letter, i) for i in asked}
     counts = _counter(tray, cohort)
-    missing = office.post.ask(Asking("round", f"round {number}" if cohort else "last scores", letters, counts, quorum))
+    group, size = f"round {number}" if cohort else "last scores", tray.expected.template.num_bytes
+    missing = office.post.ask(Asking("round", group, letters, counts, quorum, size))
     for name, why in sorted(missing.items()):
         log.warning("round %d goes on without %s: %s", number, name, shortened(why, 500))
     return sum(sent.values())
