@@ -13,6 +13,8 @@ install_import_hook(
 )
 torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background jobs ignore it and pass that on
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and nohup ignores this one
 for size in ("COLUMNS", "LINES"):  # pytest's worker processes inherit them, and consoles keep what they say when made
     os.environ.pop(size, None)
 settings.register_profile("any speed", parent=settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -20,7 +20,7 @@ from fedmerge.bench.runner import run_suite
 from fedmerge.bench.store import RUNS, read_results
 from fedmerge.bench.tuning import Trial
 from fedmerge.bench.workers import _made
-from fedmerge.core.errors import DataError, FedmergeError
+from fedmerge.core.errors import DataError, DivergedError, FedmergeError
 from fedmerge.experiment.config import build_config
 from fedmerge.experiment.execute import execute_config
 
@@ -108,6 +108,6 @@ def test_a_run_that_diverges_is_a_result(tmp_path: Path) -> None:
 
 
 def test_only_training_that_left_the_finite_is_divergence() -> None:
-    assert is_divergence(FedmergeError("their training diverged; lower the learning rate"))
+    assert is_divergence(DivergedError("their training diverged; lower the learning rate"))
     assert not is_divergence(DataError("their training diverged"))
     assert not is_divergence(FedmergeError("no such thing"))

@@ -12,7 +12,7 @@ import torch
 from small_deployment import HereLink, SlowClock, write_federation
 from test_server import Spoiling, interrupt, run, said, same, states, with_nan
 
-from fedmerge.core.errors import FedmergeError, UsageError
+from fedmerge.core.errors import DivergedError, FedmergeError, UsageError
 from fedmerge.deploy.client import answer_to
 from fedmerge.deploy.deployment import read_deployment
 from fedmerge.deploy.federation import DeployOptions, read_federation
@@ -25,7 +25,6 @@ from fedmerge.deploy.server import serve
 from fedmerge.deploy.site import read_site
 from fedmerge.deploy.status import read_status
 from fedmerge.experiment.record import RoundRecord, Scores, read_run, read_run_alone, select
-from fedmerge.runtime.rounds import DivergedError
 
 QUICK = {"insecure": True, "deadline": 5000.0, "patience": 90000.0, "absent": 300.0, "poll": 5.0}
 

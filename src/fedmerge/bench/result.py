@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fedmerge.core.errors import FedmergeError, together
+from fedmerge.core.errors import DivergedError, FedmergeError, together
 from fedmerge.core.options import build_options
 from fedmerge.experiment.config import Config, method_options
 from fedmerge.experiment.record import RunRecord, Scores, to_plain
@@ -185,7 +185,7 @@ def diverged(ticket: Ticket, config: Config, error: FedmergeError, method: str, 
 
 def is_divergence(error: Exception) -> bool:
     """Whether an error says that training diverged, and not that the request or the data is at fault."""
-    return type(error) is FedmergeError and "diverged" in str(error)
+    return isinstance(error, DivergedError)
 
 
 def _rounded(values: Values) -> Values:

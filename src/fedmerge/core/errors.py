@@ -27,6 +27,10 @@ class UsageError(FedmergeError):
     """The request itself is wrong (an option, a name, a path). Exit code 2."""
 
 
+class DivergedError(FedmergeError):
+    """Clients' training has left the finite numbers: the same again ends alike."""
+
+
 class DataError(FedmergeError):
     """The data cannot be used as asked."""
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fedmerge.core.ensemble import Personal
-from fedmerge.core.errors import FedmergeError
+from fedmerge.core.errors import DivergedError, FedmergeError
 from fedmerge.core.vector import Layout
 
 StateT = TypeVar("StateT")
@@ -272,7 +272,7 @@ def _refuse_non_finite(replies: Tensor, clients: Tensor) -> None:
         return
     finite = torch.isfinite(rows.amin(dim=1)) & torch.isfinite(rows.amax(dim=1))  # NaN is both
     if not bool(finite.all()):
-        raise FedmergeError(
+        raise DivergedError(
             f"clients {clients[~finite].tolist()} sent NaN or infinite values: their training diverged; "
             "lower the learning rate (training.lr) or check their data"
         )

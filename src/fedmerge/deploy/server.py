@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from fedmerge.core.errors import FedmergeError, UsageError
+from fedmerge.core.errors import DivergedError, FedmergeError, UsageError
 from fedmerge.core.files import make_folder
 from fedmerge.core.memory import keep_freed
 from fedmerge.core.text import shortened
@@ -44,7 +44,6 @@ from fedmerge.experiment.execute import close_run
 from fedmerge.experiment.lock import NAME as LOCK
 from fedmerge.experiment.record import RunRecord, read_run, read_run_alone
 from fedmerge.experiment.simulation import one_thread
-from fedmerge.runtime.rounds import DivergedError
 
 _FIRST_SECONDS = 6 * 3600.0
 """That a site has at least to say what it has: the first time it may have to fetch or convert its examples."""

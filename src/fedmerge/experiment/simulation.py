@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fedmerge.core.defences import guarded
 from fedmerge.core.ensemble import Personal
-from fedmerge.core.errors import FedmergeError, UsageError
+from fedmerge.core.errors import DivergedError, UsageError
 from fedmerge.core.keeping import keeping, travelling
 from fedmerge.core.memory import keep_freed
 from fedmerge.core.protocol import Algorithm, Batches, Federation
@@ -362,13 +362,13 @@ def scores_of(setup: Setup, models: Sequence[Personal], split: str) -> Scores:
     """Accuracy and loss of each client's model on its own `split`.
 
     Raises:
-        FedmergeError: naming the clients whose loss is not finite.
+        DivergedError: naming the clients whose loss is not finite.
     """
     batches: list[Batches] = [one_pass(getattr(client, split)) for client in setup.data.clients]
     tallies = score(models, batches, setup.engine)
     lost = [client.name for client, t in zip(setup.data.clients, tallies, strict=True) if not t.loss.isfinite()]
     if lost:
-        raise FedmergeError(
+        raise DivergedError(
             f"clients {', '.join(lost)}: the loss on their {split} examples is NaN or infinite: their training "
             "diverged; lower the learning rate (training.lr) or check their data"
         )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedmerge.core import completing
 from fedmerge.core.ensemble import Personal, members, with_members
-from fedmerge.core.errors import FedmergeError
+from fedmerge.core.errors import DivergedError
 from fedmerge.core.protocol import Algorithm, Batches, Slope, Task, deliver, take, tree_bytes
 from fedmerge.core.replies import (
     Expected,
@@ -235,10 +235,6 @@ def unanswered(algorithm: Algorithm[Any], result: RoundResult, quorum: int) -> R
     if silence is None or quorum > 1:
         return replace(result, abandoned=True)
     return replace(result, state=silence(result.state))
-
-
-class DivergedError(FedmergeError):
-    """Most clients' training has left the finite numbers: the same again ends alike."""
 
 
 def refuse_divergence(refusals: Sequence[Refusal], expected: int) -> None:
