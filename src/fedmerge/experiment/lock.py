@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from fedmerge.core.errors import UsageError
@@ -56,19 +56,16 @@ def patient_lock(folder: Path, seconds: float) -> Iterator[None]:
         OSError: if the folder cannot be written.
     """
     give_up = time.monotonic() + seconds
-    while True:
-        lock = run_lock(folder)
-        try:
-            lock.__enter__()
-            break
-        except UsageError:
-            if time.monotonic() > give_up:
-                raise
-            time.sleep(_PAUSE)
-    try:
+    with ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(run_lock(folder))
+                break
+            except UsageError:
+                if time.monotonic() > give_up:
+                    raise
+                time.sleep(_PAUSE)
         yield
-    finally:
-        lock.__exit__(None, None, None)
 
 
 def _taken(path: Path) -> int:
