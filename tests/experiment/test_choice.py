@@ -15,7 +15,7 @@ from fedmerge.data.federated import Examples
 from fedmerge.experiment import choice as choices
 from fedmerge.experiment import fastest as measuring
 from fedmerge.experiment import simulation
-from fedmerge.experiment.choice import Choice, choose_engine
+from fedmerge.experiment.choice import Choice, Trial, choose_engine
 from fedmerge.experiment.config import build_config
 from fedmerge.experiment.execute import execute_config
 from fedmerge.experiment.fastest import Workload, fastest_engine
@@ -207,7 +207,7 @@ def test_what_is_asked_for_is_what_runs():
     assert (engine._most, choice) == (3, Choice("folded", 3, "asked for"))
     assert fastest(module, LONG, "folded")[1].most == 4
     with pytest.raises(UsageError, match="runtime 'folded' cannot run Scaled: a layer of class Scaled has weights"):
-        choose_engine("folded", Scaled(), layout_of(Scaled()), Descent(), clients())
+        choose_engine(Trial(Scaled(), layout_of(Scaled()), Descent(), clients()), "folded")
 
 
 class Mixed(nn.Module):
@@ -232,7 +232,7 @@ class Peeking(Mixed):
 def test_a_network_in_which_clients_would_meet_is_not_folded(module, told):
     net = module()
     with pytest.raises(UsageError, match=f"runtime 'folded' cannot run {module.__name__}: .*{told}"):
-        choose_engine("folded", net, layout_of(net), Descent(), clients())
+        choose_engine(Trial(net, layout_of(net), Descent(), clients()), "folded")
 
 
 def test_a_run_says_what_ran_it_and_goes_on_with_that(tmp_path, monkeypatch):

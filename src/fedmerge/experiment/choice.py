@@ -84,14 +84,7 @@ def objective_of(data: FederatedData) -> Objective:
 
 
 def choose_engine(
-    runtime: Runtime,
-    module: nn.Module,
-    layout: Layout,
-    descent: Descent,
-    data: FederatedData,
-    most: int | None = None,
-    place: Place = HERE,
-    kernels: Kernels = "auto",
+    trial: Trial, runtime: Runtime, most: int | None = None, kernels: Kernels = "auto"
 ) -> tuple[Engine, Choice]:
     """The engine that was asked for; for ``auto`` that of the rule.
 
@@ -99,23 +92,14 @@ def choose_engine(
     where a layer cannot be folded, if a step on a few examples gives the same numbers; everything else sequentially.
 
     Args:
+        trial: Of the network on the clients' data.
         runtime: What was asked for.
-        module: The network.
-        layout: Of the module.
-        descent: The local optimiser.
-        data: The clients, in the run's precision.
         most: Clients at once, if that was asked for.
-        place: Where clients are computed.
         kernels: Whether convolutions may or must go through compiled kernels.
 
     Raises:
         UsageError: if an engine was asked for and does not give the sequential numbers.
     """
-    return chosen_by_rule(Trial(module, layout, descent, data, place), runtime, most, kernels)
-
-
-def chosen_by_rule(trial: Trial, runtime: Runtime, most: int | None, kernels: Kernels) -> tuple[Engine, Choice]:
-    """As `choose_engine`, by one trial."""
     if kernels == "compiled":
         return trial.compiled(runtime, most)
     if runtime != "auto":

@@ -28,7 +28,7 @@ from fedmerge.core.strict_json import parse_json_table, read_bounded
 from fedmerge.core.vector import Layout
 from fedmerge.data import FederatedData
 from fedmerge.data.cache import cache_folder
-from fedmerge.experiment.choice import RUNTIMES, Choice, Kernels, Runtime, Trial, chosen_by_rule
+from fedmerge.experiment.choice import RUNTIMES, Choice, Kernels, Runtime, Trial, choose_engine
 from fedmerge.runtime import Engine
 from fedmerge.runtime.place import HERE, Place
 from fedmerge.runtime.rounds import plain_training
@@ -91,7 +91,7 @@ def fastest_engine(
     trial = Trial(module, layout, descent, data, place)
     measures = runtime == "auto" and kernels != "compiled" and not has_dropout(module)
     if not measures or _operations(trial, data, work) < _LONG:
-        return chosen_by_rule(trial, runtime, most, kernels)
+        return choose_engine(trial, runtime, most, kernels)
     path = cache_folder() / "engines" / f"{_key(module, layout, descent, data, work, most, place, kernels)}.json"
     choice = _remembered(path)
     if choice is None:
